@@ -1,0 +1,57 @@
+"""Grouped-head attention that does not repeat keys and values.
+
+transformers repeats every key and value head for its query heads when a mask is given, which copies
+the whole context once per layer. Folding the query heads of a group into the query axis gives the
+same sums over the same numbers without a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+GROUPED_SDPA = "kvlink_grouped_sdpa"
+
+
+def grouped_sdpa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Drop-in for transformers' sdpa attention.
+
+    query [batch, heads, queries, head_dim]; key, value [batch, kv_heads, keys, head_dim];
+    attention_mask float [batch, 1, queries, keys] or None; returns [batch, queries, heads, head_dim].
+    """
+    batch, num_heads, num_queries, head_dim = query.shape
+    groups = num_heads // key.shape[1]
+    causal_without_mask = attention_mask is None and num_queries > 1
+    if groups == 1 or causal_without_mask or module.training:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return output, None
+    folded = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask[..., : key.shape[2]].repeat(1, 1, groups, 1)  # [batch, 1, groups * queries, keys]
+    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    output = output.reshape(batch, num_heads, num_queries, value.shape[-1])
+    return output.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Make the attention known to transformers under `GROUPED_SDPA`."""
+    AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
+    AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)

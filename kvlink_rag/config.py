@@ -1,0 +1,58 @@
+"""Settings: frozen, keyword-only, closed. A default is written once, here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvlink_rag.errors import BadInput
+
+DEFAULT_STORE = "kvlink_store"
+DEFAULT_SYSTEM = "You answer the question from the documents. Answer briefly, with the words of the documents."
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How an answer is generated. Greedy unless `temperature` is above 0."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise BadInput(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise BadInput(f"temperature must lie between 0 and 100, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise BadInput(f"top_p must lie above 0 and at most at 1, got {self.top_p}")
+        if any(not text for text in self.stop):
+            raise BadInput("a stop string is empty; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkSettings:
+    """How documents are cut. `max_tokens` bounds a chunk for the model and, with it, for the embedder."""
+
+    max_tokens: int = 200
+    overlap_sentences: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 16:
+            raise BadInput(f"chunk max_tokens must be at least 16, got {self.max_tokens}")
+        if self.overlap_sentences < 0:
+            raise BadInput(f"overlap_sentences must not be negative, got {self.overlap_sentences}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """Limits of a store on disk."""
+
+    max_bytes: int = 20 * GIB
+    max_document_bytes: int = 20 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1 or self.max_document_bytes < 1:
+            raise BadInput("max_bytes and max_document_bytes must be positive")

@@ -1,0 +1,120 @@
+"""The context: stored KV placed at its positions, plus what is still to be computed.
+
+One buffer holds keys and values for every position from 0 on, with room for the answer. A token's
+place in memory *is* its position, so sliding windows, masks and `generate` need no special case:
+stored KV is rotated straight into its place, and the first forward writes links and question into
+the gaps that were left for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvlink_rag.kv import KV, KVShape
+from kvlink_rag.rope import Rope
+
+
+class ContextLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's view on the context buffer, for transformers.
+
+    buffers [1, kv_heads, capacity, head_dim]. The first update writes to `pending` positions, all
+    later ones behind them; nothing is ever concatenated.
+    """
+
+    def __init__(self, key_buffer: Tensor, value_buffer: Tensor):
+        super().__init__()
+        self._key_buffer, self._value_buffer = key_buffer, value_buffer
+        self._pending: Tensor | None = None
+        self._length = 0
+        self.dtype, self.device = key_buffer.dtype, key_buffer.device
+        self.keys, self.values = key_buffer[:, :, :0], value_buffer[:, :, :0]
+        self.is_initialized = True
+
+    def expect(self, positions: Tensor, length: int) -> None:
+        """Let the next update fill `positions`, after which the layer holds `length` tokens."""
+        self._pending, self._length = positions, length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._pending is not None:
+            assert key_states.shape[2] == self._pending.numel()
+            self._key_buffer.index_copy_(2, self._pending, key_states)
+            self._value_buffer.index_copy_(2, self._pending, value_states)
+            self._pending = None
+        else:
+            stop = self._length + key_states.shape[2]
+            assert stop <= self._key_buffer.shape[2]
+            self._key_buffer[:, :, self._length : stop] = key_states
+            self._value_buffer[:, :, self._length : stop] = value_states
+            self._length = stop
+        self.keys = self._key_buffer[:, :, : self._length]
+        self.values = self._value_buffer[:, :, : self._length]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return 0 if self._pending is not None else self._length
+
+
+class Context:
+    """Positioned, linked KV for one question, and the inputs that are still to be computed.
+
+    `place` puts stored KV at its position; `pend` says which inputs go through the model in one
+    forward and where they stand. Together they fill positions 0..num_tokens-1; `room` more are kept
+    for the answer.
+    """
+
+    def __init__(self, rope: Rope, shape: KVShape, num_tokens: int, room: int):
+        capacity = num_tokens + room
+        self._rope, self._shape = rope, shape
+        self._keys = shape.empty_keys(capacity)  # [layers, kv_heads, capacity, head_dim]
+        self._values = shape.empty_values(capacity)
+        self.num_tokens = num_tokens
+        self.num_placed = 0
+        self.pending: Pending | None = None
+
+    def place(self, kv: KV, start: int) -> None:
+        """Rotate `kv` to positions start, start + 1, ... straight into the buffer."""
+        stop = start + kv.num_tokens
+        positions = torch.arange(start, stop, device=self._keys.device)
+        self._rope.rotate(kv.keys.to(self._keys.device), positions, out=self._keys[:, :, start:stop])
+        self._values[:, :, start:stop].copy_(kv.values)
+        self.num_placed += kv.num_tokens
+
+    def pend(self, last_id: int, positions: Tensor, *, embeds: Tensor | None = None, ids: Tensor | None = None) -> None:
+        """Say what is still to be computed: embeds [1, computed, hidden] or ids [1, computed], at positions [computed].
+
+        last_id is the id of the last of them, the one the answer follows.
+        """
+        assert self.num_placed + positions.numel() == self.num_tokens
+        self.pending = Pending(last_id, positions, embeds, ids)
+
+    def to_cache(self) -> Cache:
+        """The buffer as a transformers cache whose first update fills the pending positions."""
+        assert self.pending is not None
+        layers = [ContextLayer(self._keys[i][None], self._values[i][None]) for i in range(self._shape.num_layers)]
+        for layer in layers:
+            layer.expect(self.pending.positions, self.num_tokens)
+        return Cache(layers=layers)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that the first forward computes."""
+        return self.num_tokens - self.num_placed
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Inputs of the first forward; see `Context.pend`."""
+
+    last_id: int
+    positions: Tensor
+    embeds: Tensor | None
+    ids: Tensor | None

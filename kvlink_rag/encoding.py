@@ -1,0 +1,87 @@
+"""Chunks to KV: each chunk read once, alone, before anybody asks.
+
+Every chunk is computed in one canonical shape (a fixed number of rows, its length padded to a
+bucket), so its KV is the same to the last bit whatever company it was encoded in: a chunk encoded on
+first use answers exactly like one encoded at ingestion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from kvlink_rag.errors import BadInput
+from kvlink_rag.kv import KV
+from kvlink_rag.model import LanguageModel
+from kvlink_rag.recipe import Recipe
+
+NUM_ROWS = 4
+BUCKET_TOKENS = 32
+CHUNK_TEMPLATE = "Document:\n{text}\n\n"
+
+
+class Encoder:
+    """Encodes chunks for one model under one recipe.
+
+    template must hold `{text}` once. `encoding_prefix` is text every chunk sees while it is encoded
+    (APE's shared prefix, arXiv 2502.05431); its own KV is not kept.
+    """
+
+    def __init__(self, model: LanguageModel, *, template: str = CHUNK_TEMPLATE, encoding_prefix: str = ""):
+        before, marker, after = template.partition("{text}")
+        if not marker or "{text}" in after:
+            raise BadInput(f"a chunk template holds {{text}} exactly once, got {template!r}")
+        self.model = model
+        self._before = model.tokenizer.scaffold_ids(before) if before else ()
+        self._after = model.tokenizer.scaffold_ids(after) if after else ()
+        self.prefix_ids = model.tokenizer.scaffold_ids(encoding_prefix) if encoding_prefix else ()
+        self.recipe = Recipe(
+            weights=model.weights,
+            adapter=model.adapter,
+            config=model.config_digest,
+            tokenizer=model.tokenizer.digest,
+            chunk_template=template,
+            encoding_prefix=" ".join(map(str, self.prefix_ids)),
+            soft_tokens="",
+            compute_dtype=str(model.dtype),
+            storage_dtype=str(model.dtype),
+        )
+        self.fingerprint = self.recipe.fingerprint
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """The ids of a chunk: its text in the template, alone. No control token stands in the text's span."""
+        return (*self._before, *self.model.tokenizer.plain_ids(text), *self._after)
+
+    def encode(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, KV]]:
+        """Yield (index, KV) of each chunk, given as token ids, in order of length."""
+        order = sorted(range(len(chunks)), key=lambda index: len(chunks[index]))
+        batch: list[int] = []
+        for index in order:
+            if batch and (len(batch) == NUM_ROWS or self._width(chunks[index]) != self._width(chunks[batch[0]])):
+                yield from self._encode_batch(batch, chunks)
+                batch = []
+            batch.append(index)
+        if batch:
+            yield from self._encode_batch(batch, chunks)
+
+    def _width(self, ids: tuple[int, ...]) -> int:
+        """Tokens of a row, padding included."""
+        return -(-(len(self.prefix_ids) + len(ids)) // BUCKET_TOKENS) * BUCKET_TOKENS
+
+    def _encode_batch(self, batch: list[int], chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, KV]]:
+        """Run one batch. Padding stands behind each row, where causal attention never looks."""
+        num_prefix = len(self.prefix_ids)
+        rows = torch.zeros(NUM_ROWS, self._width(chunks[batch[0]]), dtype=torch.long)
+        for row, index in enumerate(batch):
+            ids = (*self.prefix_ids, *chunks[index])
+            rows[row, : len(ids)] = torch.tensor(ids)
+        with self.model.lock:
+            keys, values = self.model.encode(rows.to(self.model.device))
+        for row, index in enumerate(batch):
+            stop = num_prefix + len(chunks[index])
+            positions = torch.arange(num_prefix, stop, device=keys.device)
+            chunk_values = values[:, row, :, num_prefix:stop].clone()
+            chunk_keys = torch.empty_like(keys[:, row, :, num_prefix:stop], memory_format=torch.contiguous_format)
+            self.model.rope.unrotate(keys[:, row, :, num_prefix:stop], positions, out=chunk_keys)
+            yield index, KV(chunk_keys, chunk_values, chunks[index])

@@ -1,0 +1,57 @@
+"""What all linkings share: the request, and laying stored KV out with gaps for what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvlink_rag.context import Context
+from kvlink_rag.kv import KV
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.model import LanguageModel
+from kvlink_rag.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class LinkRequest:
+    """What a linking gets: the prompt, its stored KVs in the prompt's order, and room for the answer in tokens.
+
+    prefix_kv is the KV of the prompt's prefix, kvs one KV per chunk; neither is asked for by linkings that use none.
+    """
+
+    model: LanguageModel
+    prompt: Prompt
+    prefix_kv: KV | None
+    kvs: Iterable[KV]
+    links: LinkTokens
+    room: int
+
+
+def join(request: LinkRequest, links_behind: list[Tensor]) -> Context:
+    """Place prefix and chunks, leave a gap of links_behind[i] [K, hidden] behind chunk i, and pend all that is computed."""
+    model, prompt = request.model, request.prompt
+    assert request.prefix_kv is not None
+    num_links = sum(links.shape[0] for links in links_behind)
+    num_tokens = prompt.num_scaffold_tokens + sum(map(len, prompt.chunk_ids)) + num_links
+    context = Context(model.rope, model.kv_shape, num_tokens, request.room)
+
+    context.place(request.prefix_kv, 0)
+    position = request.prefix_kv.num_tokens
+    computed = [model.embed(prompt.history_ids)]
+    computed_positions = [torch.arange(position, position + len(prompt.history_ids))]
+    position += len(prompt.history_ids)
+    for kv, links in zip(request.kvs, links_behind, strict=True):
+        context.place(kv, position)
+        position += kv.num_tokens
+        computed.append(links)
+        computed_positions.append(torch.arange(position, position + links.shape[0]))
+        position += links.shape[0]
+    computed.append(model.embed(prompt.question_ids))
+    computed_positions.append(torch.arange(position, num_tokens))
+    context.pend(
+        prompt.question_ids[-1], torch.cat(computed_positions).to(model.device), embeds=torch.cat(computed)[None]
+    )
+    return context

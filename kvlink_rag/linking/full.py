@@ -1,0 +1,20 @@
+"""Full prefill: every token read again for every question. The reference all other linkings are held against."""
+
+from __future__ import annotations
+
+import torch
+
+from kvlink_rag.context import Context
+from kvlink_rag.joining import LinkRequest
+
+USES_STORED_KV = False
+
+
+def link(request: LinkRequest) -> Context:
+    """Pend the whole prompt under plain causal attention; nothing is reused."""
+    prompt, model = request.prompt, request.model
+    ids = [*prompt.prefix_ids, *prompt.history_ids, *(i for chunk in prompt.chunk_ids for i in chunk), *prompt.question_ids]
+    context = Context(model.rope, model.kv_shape, len(ids), request.room)
+    positions = torch.arange(len(ids), device=model.device)
+    context.pend(ids[-1], positions, ids=torch.tensor([ids], device=model.device))
+    return context

@@ -1,0 +1,17 @@
+"""KVLink (arXiv 2502.16002): re-positioned KV joined by K trained link tokens behind each chunk.
+
+Links see everything before them, all earlier chunks included, so the question finds in them what the
+isolated chunks could not tell each other.
+"""
+
+from __future__ import annotations
+
+from kvlink_rag.context import Context
+from kvlink_rag.joining import LinkRequest, join
+
+USES_STORED_KV = True
+
+
+def link(request: LinkRequest) -> Context:
+    """Place the chunks with their links behind them; links, history and question are computed in one forward."""
+    return join(request, [request.links.for_chunk(index) for index in range(len(request.prompt.chunk_ids))])

@@ -1,0 +1,220 @@
+"""A Hugging Face causal LM, proven movable, with everything its KV depends on digested.
+
+The only file, with `probe`, `attention` and `context`, that knows transformers' insides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicCache
+
+from kvlink_rag import attention, probe
+from kvlink_rag.default_models import DEFAULT_MODEL, cache_folder, default_model_folder
+from kvlink_rag.errors import BadInput, CheckpointMismatch, MissingExtra, UnsupportedModel
+from kvlink_rag.kv import KVShape
+from kvlink_rag.recipe import config_digest, folder_digest
+from kvlink_rag.tokens import TextTokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+class LanguageModel:
+    """Weights, tokenizer and the proof that stored keys can be moved.
+
+    One forward at a time: callers hold `lock` while they use the model.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, *, name: str | None = None, weights: str | None = None, adapter: str = ""):
+        """Wrap a loaded model. `weights` is the digest of its files; without it the tensors are digested."""
+        config = hf.config.get_text_config()
+        self.hf = hf.eval()
+        self.tokenizer = TextTokenizer(tokenizer)
+        self.name = name or type(hf).__name__
+        self.lock = threading.RLock()
+        self.weights = weights or _tensor_digest(hf)
+        self.adapter = adapter
+        self.config_digest = config_digest(config.to_dict())
+        self._windows = _windows(config)
+        if hf.config._attn_implementation == "sdpa":
+            attention.register()
+            hf.set_attn_implementation(attention.GROUPED_SDPA)
+        proof = probe.prove(hf, self._probe_forward)
+        self.rope = proof.rope
+        self.max_positions = proof.max_positions
+        self.kv_shape = KVShape(
+            proof.rope.num_layers, proof.num_kv_heads, proof.head_dim, proof.value_dim, self.dtype, self.device
+        )
+
+    @classmethod
+    def load(
+        cls, model: str | Path = DEFAULT_MODEL, *, adapter: str | Path | None = None, dtype: str = "auto", device: str = "auto"
+    ) -> LanguageModel:
+        """Load by folder, hub id, or the name of the default model.
+
+        adapter is a PEFT folder, merged in float32. dtype is "auto" (bfloat16 where the hardware has it, else float32),
+        "float32", "bfloat16" or "float16"; device "auto", "cpu", "cuda" or "mps".
+        Raises UnsupportedModel, MissingModel or BadInput.
+        """
+        folder = default_model_folder() if str(model) == DEFAULT_MODEL else _model_folder(str(model))
+        target = torch.device(_resolve_device(device))
+        wanted = _resolve_dtype(dtype, target)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        first = torch.float32 if adapter else wanted
+        try:
+            hf = AutoModelForCausalLM.from_pretrained(folder, dtype=first, use_safetensors=True, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UnsupportedModel(f"{model}: cannot be loaded as a causal language model: {error}") from error
+        adapter_digest = ""
+        if adapter is not None:
+            adapter_digest = folder_digest(Path(adapter), ("*.safetensors", "adapter_config.json"), _digest_cache())
+            hf = _merge_adapter(hf, Path(adapter)).to(wanted)
+        weights = folder_digest(folder, _WEIGHT_FILES, _digest_cache())
+        return cls(hf.to(target), tokenizer, name=str(model), weights=weights, adapter=adapter_digest)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device  # type: ignore[no-any-return]
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.hf.get_input_embeddings().weight.shape[1])
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Input embeddings [tokens, hidden]."""
+        with torch.inference_mode():
+            return self.hf.get_input_embeddings()(torch.tensor(ids, device=self.device, dtype=torch.long))  # type: ignore[no-any-return]
+
+    def position_mask(self, query_positions: Tensor, num_keys: int) -> Tensor | dict[str, Tensor]:
+        """The float mask under which a query sees every key at or before its own position.
+
+        Keys lie in order of position. Returns [1, 1, queries, num_keys], or one such mask per layer type for models
+        that mix full and sliding-window layers.
+        """
+        distance = query_positions[:, None] - torch.arange(num_keys, device=self.device)[None]
+        return self.mask_from(distance >= 0, distance)
+
+    def mask_from(self, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+        """Additive masks from `visible` [queries, keys], narrowed to each layer type's window.
+
+        distance [queries, keys] is query position minus key position.
+        """
+        masks = {}
+        for kind, window in self._windows.items():
+            seen = visible if window is None else visible & (distance < window)
+            mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+            masks[kind] = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[None, None]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    @torch.inference_mode()
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, batch, kv_heads, tokens, head_dim] of rows of ids [batch, tokens], each alone.
+
+        Keys stand at positions 0..tokens-1, as the model wrote them.
+        """
+        cache = DynamicCache()
+        positions = torch.arange(ids.shape[1], device=self.device)[None].expand(ids.shape[0], -1)
+        self.hf.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])
+
+    @torch.inference_mode()
+    def logits(self, embeds: Tensor, positions: Tensor, mask: Any, cache: Cache | None = None) -> Tensor:
+        """Logits [tokens, vocabulary] of one forward over embeds [1, tokens, hidden] at positions [tokens]."""
+        output = self.hf(
+            inputs_embeds=embeds,
+            position_ids=positions[None],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def _probe_forward(self, ids: Tensor, positions: Tensor, cache: Any) -> None:
+        order = torch.arange(ids.shape[1], device=self.device)
+        mask = self.position_mask(order, ids.shape[1])
+        self.hf(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """Layer type -> sliding window in tokens (None: sees everything)."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return {"sliding_attention": int(window)} if window else {"full_attention": None}
+    return {kind: int(window) if kind == "sliding_attention" and window else None for kind in sorted(kinds)}
+
+
+def _model_folder(model: str) -> Path:
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").exists():
+            raise BadInput(f"{model} holds no config.json; give the folder of a Hugging Face model")
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"no model {model!r}: not a folder here, and not to be had from the hub ({reason})") from error
+
+
+def _resolve_device(device: str) -> str:
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+    if dtype not in _DTYPES:
+        raise BadInput(f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _has_native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _merge_adapter(hf: Any, adapter: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise MissingExtra("loading an adapter", "adapter") from None
+    try:
+        return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise CheckpointMismatch(f"{adapter} is no adapter for this model: {error}") from error
+
+
+def _digest_cache() -> Path:
+    return cache_folder() / "digests.json"
+
+
+def _tensor_digest(hf: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(hf.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

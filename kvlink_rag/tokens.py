@@ -1,0 +1,92 @@
+"""Text to token ids, with a wall between what the template says and what documents and users say.
+
+A chat template's control tokens are recognised only in scaffold text; the same characters in a
+document or a question stay plain text, so no document can open a turn or forge a link token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from kvlink_rag.errors import BadInput, UnsupportedModel
+
+
+class TextTokenizer:
+    """A Hugging Face fast tokenizer, split into a scaffold side and a plain side."""
+
+    def __init__(self, tokenizer: Any):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UnsupportedModel(
+                f"tokenizer {type(tokenizer).__name__} has no `tokenizers` backend; save a fast tokenizer beside the model"
+            )
+        self.hf = tokenizer
+        added = tokenizer.added_tokens_decoder
+        # Runs of spaces or newlines are added tokens in some vocabularies; they control nothing.
+        self.control_ids = frozenset(
+            token_id for token_id, token in added.items() if token.special or str(token.content).strip()
+        )
+        spec = json.loads(backend.to_str())
+        spec.update(truncation=None, padding=None)
+        self.digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        self._plain = Tokenizer.from_str(json.dumps(_without_control(spec, self.control_ids)))
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    def scaffold_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of template text, control tokens recognised. Never pass a document or a question."""
+        return tuple(self.hf(text, add_special_tokens=False).input_ids)
+
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of anybody's text, in which nothing is a control token."""
+        try:
+            ids = self._plain.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise BadInput(f"text holds characters that are no valid Unicode: {error}") from None
+        if self.control_ids.isdisjoint(ids):
+            return tuple(ids)
+        # A vocabulary can hold a control token as an ordinary word too: spell such text out.
+        spelled = [self._plain.encode(char, add_special_tokens=False).ids for char in text]
+        ids = [token_id for char_ids in spelled for token_id in char_ids]
+        if not self.control_ids.isdisjoint(ids):
+            raise BadInput("the text cannot be written in this model's vocabulary without a control token")
+        return tuple(ids)
+
+    def count(self, text: str) -> int:
+        """Number of tokens of plain text."""
+        return len(self.plain_ids(text))
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Start and end character of every plain token."""
+        return list(self._plain.encode(text, add_special_tokens=False).offsets)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, control tokens left out."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=True))
+
+    def decode_stream(self) -> TokenDecoder:
+        """A decoder to feed one generated id at a time."""
+        return TokenDecoder(self.hf.backend_tokenizer)
+
+
+class TokenDecoder:
+    """Turns ids into text piece by piece; holds back bytes that do not yet make a character."""
+
+    def __init__(self, backend: Tokenizer):
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token_id: int) -> str:
+        return self._stream.step(self._backend, token_id) or ""
+
+
+def _without_control(spec: dict[str, Any], control_ids: frozenset[int]) -> dict[str, Any]:
+    kept = [token for token in spec.get("added_tokens", []) if token["id"] not in control_ids]
+    return {**spec, "added_tokens": kept, "post_processor": None}

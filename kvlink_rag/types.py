@@ -1,0 +1,150 @@
+"""The nouns of the package: plain frozen values, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to answer from.
+
+    `id` names it in the store: adding another text under the same id is an update. Without one, the
+    id is derived from the content. `title`, where given, stands as the first line of each chunk.
+    """
+
+    text: str
+    id: str | None = None
+    title: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of a document, small enough for the embedder and encoded as one unit.
+
+    `text` is exactly what the model reads, title line included.
+    """
+
+    text: str
+    document_id: str
+    position: int  # 0 is the document's first chunk
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A chunk found for a question; `score` is the cosine similarity (None for documents given by the caller)."""
+
+    chunk: Chunk
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A hit as it went into the context."""
+
+    hit: Hit
+    num_tokens: int
+    reused: bool  # True: KV came from the store; False: computed for this answer
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How many tokens were read from stored KV, computed before the first token, and generated."""
+
+    reused: int
+    computed: int
+    generated: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds. `ttft_s` runs from the question's text to the first token, everything included."""
+
+    retrieve_s: float
+    load_s: float
+    link_s: float
+    prefill_s: float
+    ttft_s: float
+    decode_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with its evidence. Prints as its text."""
+
+    question: str
+    text: str
+    sources: tuple[Source, ...]
+    left_out: tuple[Hit, ...]  # retrieved, but the model's window had no room
+    timings: Timings
+    tokens: TokenCounts
+    linking: str
+    model: str
+    finish_reason: str  # "stop" or "length"
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def hits(self) -> tuple[Hit, ...]:
+        """The chunks the answer was made from, best first."""
+        return tuple(source.hit for source in self.sources)
+
+    def to_json(self) -> dict[str, Any]:
+        """The form `kvlink ask --json` prints."""
+        return {
+            "question": self.question,
+            "answer": self.text,
+            "sources": [
+                {
+                    "document": source.hit.chunk.document_id,
+                    "chunk": source.hit.chunk.position,
+                    "score": source.hit.score,
+                    "num_tokens": source.num_tokens,
+                    "reused": source.reused,
+                }
+                for source in self.sources
+            ],
+            "left_out": [
+                {"document": hit.chunk.document_id, "chunk": hit.chunk.position, "score": hit.score}
+                for hit in self.left_out
+            ],
+            "timings": asdict(self.timings),
+            "tokens": asdict(self.tokens),
+            "linking": self.linking,
+            "model": self.model,
+            "finish_reason": self.finish_reason,
+        }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a streamed answer; the last one carries the whole `answer`."""
+
+    text: str
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True)
+class AddReport:
+    """What `add` did. `bytes` are those written to the KV store by this call."""
+
+    documents: int
+    chunks: int
+    tokens: int
+    encoded_chunks: int
+    reused_chunks: int
+    skipped_files: int
+    bytes: int
+    seconds: float
+    tokens_per_s: float
+    skipped: tuple[str, ...] = ()  # one line per skipped file: path and reason
+
+    def to_json(self) -> dict[str, Any]:
+        """The form `kvlink add --json` prints."""
+        return asdict(self)

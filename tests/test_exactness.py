@@ -1,0 +1,160 @@
+"""Joining stored chunks is the same computation as one masked forward, for every architecture family."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from oracle import masked_logits
+from tiny_models import FAMILIES, VOCAB_SIZE, build
+
+from kvlink_rag.config import GenerationSettings
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.generation import Generation, generate
+from kvlink_rag.joining import LinkRequest
+from kvlink_rag.linking import LINKINGS
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.model import LanguageModel
+from kvlink_rag.prompt import Prompt
+
+model_of = cache(build)
+
+
+def random_ids(rng: random.Random, num: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(5, VOCAB_SIZE) for _ in range(num))
+
+
+def random_prompt(seed: int, num_chunks: int) -> Prompt:
+    rng = random.Random(seed)
+    chunks = tuple(random_ids(rng, rng.randint(3, 40)) for _ in range(num_chunks))
+    return Prompt(random_ids(rng, 6), random_ids(rng, rng.choice([0, 5])), chunks, random_ids(rng, 7))
+
+
+def random_links(model: LanguageModel, linking: str) -> LinkTokens:
+    """Three links per chunk in two slots, so that the third chunk is served by the last slot."""
+    torch.manual_seed(7)
+    per_chunk = 3 if linking == "link_tokens" else 0
+    typical = model.embed(range(5, 50)).norm(dim=-1).mean()
+    links = torch.nn.functional.normalize(torch.randn(2, per_chunk, model.hidden_size), dim=-1) * typical
+    return LinkTokens(links, "random")
+
+
+def linked_context(model: LanguageModel, prompt: Prompt, linking: str, room: int = 8):
+    encoder = Encoder(model)
+    kvs = dict(encoder.encode(prompt.chunk_ids))
+    prefix_kv = dict(encoder.encode([prompt.prefix_ids]))[0]
+    ordered = [kvs[index] for index in range(len(prompt.chunk_ids))]
+    return LINKINGS[linking].link(
+        LinkRequest(model, prompt, prefix_kv, ordered, random_links(model, linking), room)
+    )
+
+
+def whole_sequence(model: LanguageModel, prompt: Prompt, linking: str):
+    """Embeddings in order of position, and where the documents lie."""
+    links = random_links(model, linking)
+    runs, spans = [model.embed(prompt.prefix_ids), model.embed(prompt.history_ids)], []
+    position = len(prompt.prefix_ids) + len(prompt.history_ids)
+    for index, ids in enumerate(prompt.chunk_ids):
+        spans.append((position, position + len(ids)))
+        runs += [model.embed(ids), links.embeddings[min(index, 1)]]
+        position += len(ids) + links.num_per_chunk
+    return torch.cat([*runs, model.embed(prompt.question_ids)]), spans
+
+
+@pytest.mark.parametrize("linking", ["plain", "link_tokens"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linked_chunks_answer_like_one_masked_forward(family, linking):
+    """Logits of every computed token from stored chunks equal those of the masked forward, 1 to 8 chunks."""
+    model = model_of(family)
+    for seed, num_chunks in enumerate([1, 2, 3, 5, 8]):
+        prompt = random_prompt(seed, num_chunks)
+        context = linked_context(model, prompt, linking)
+        pending = context.pending
+        mask = model.position_mask(pending.positions, context.num_tokens)
+        linked = model.logits(pending.embeds, pending.positions, mask, context.to_cache())
+        embeds, spans = whole_sequence(model, prompt, linking)
+        expected = masked_logits(model.hf, embeds, spans)[pending.positions]
+        assert (linked - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("linking", ["plain", "link_tokens"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_equal_the_masked_forwards_token_by_token(family, linking):
+    """Decoding over a linked context continues exactly as repeated masked forwards would."""
+    model = model_of(family)
+    prompt = random_prompt(11, 3)
+    record = Generation([])
+    settings = GenerationSettings(max_new_tokens=8)
+    list(generate(model, linked_context(model, prompt, linking), settings, record))
+    embeds, spans = whole_sequence(model, prompt, linking)
+    expected: list[int] = []
+    while len(expected) < 8 and 2 not in expected:
+        expected.append(int(masked_logits(model.hf, embeds, spans)[-1].argmax()))
+        embeds = torch.cat([embeds, model.embed(expected[-1:])])
+    assert record.token_ids == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-window", "cohere2-nope"])
+def test_any_order_of_chunks_is_exact(family):
+    """The same stored KVs serve every order of the chunks."""
+    model = model_of(family)
+    prompt = random_prompt(3, 4)
+    for order in ([3, 2, 1, 0], [1, 3, 0, 2]):
+        shuffled = Prompt(
+            prompt.prefix_ids, prompt.history_ids, tuple(prompt.chunk_ids[i] for i in order), prompt.question_ids
+        )
+        context = linked_context(model, shuffled, "link_tokens")
+        pending = context.pending
+        mask = model.position_mask(pending.positions, context.num_tokens)
+        linked = model.logits(pending.embeds, pending.positions, mask, context.to_cache())
+        embeds, spans = whole_sequence(model, shuffled, "link_tokens")
+        assert (linked - masked_logits(model.hf, embeds, spans)[pending.positions]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_linking_is_a_plain_causal_forward(family):
+    """The reference reuses nothing and answers like the model itself."""
+    model = model_of(family)
+    prompt = random_prompt(5, 2)
+    record = Generation([])
+    context = linked_context(model, prompt, "full")
+    list(generate(model, context, GenerationSettings(max_new_tokens=4), record))
+    ids = [i for run in (prompt.prefix_ids, prompt.history_ids, *prompt.chunk_ids, prompt.question_ids) for i in run]
+    expected = model.hf.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, len(ids)))
+    assert record.token_ids == expected[0, len(ids) :].tolist()
+
+
+def test_an_encoding_prefix_is_exact_against_one_copy_per_chunk():
+    """Each chunk sees its own copy of the encoding prefix, which stands directly before it in position."""
+    model = model_of("llama")
+    encoder = Encoder(model, encoding_prefix="<|im_start|>read")
+    num_prefix = len(encoder.prefix_ids)
+    ids = random_ids(random.Random(1), 20)
+    kv = dict(encoder.encode([ids]))[0]
+    with torch.inference_mode():
+        cache = model.hf(torch.tensor([[*encoder.prefix_ids, *ids]]), use_cache=True).past_key_values
+    for layer in range(kv.keys.shape[0]):
+        torch.testing.assert_close(kv.values[layer], cache.layers[layer].values[0, :, num_prefix:], atol=1e-5, rtol=1e-4)
+    rotated = torch.empty_like(kv.keys)
+    model.rope.rotate(kv.keys, torch.arange(num_prefix, num_prefix + 20), out=rotated)
+    for layer in range(kv.keys.shape[0]):
+        torch.testing.assert_close(rotated[layer], cache.layers[layer].keys[0, :, num_prefix:], atol=1e-5, rtol=1e-4)
+
+
+def test_company_and_padding_do_not_change_a_chunks_kv():
+    """A chunk's KV is the same to the last bit alone, in any batch and at any place in it."""
+    model = model_of("llama")
+    encoder = Encoder(model)
+    rng = random.Random(2)
+    chunks = [random_ids(rng, length) for length in (5, 30, 31, 33, 60, 7, 20, 29, 12)]
+    together = dict(encoder.encode(chunks))
+    backwards = dict(encoder.encode(chunks[::-1]))
+    for index, ids in enumerate(chunks):
+        alone = dict(encoder.encode([ids]))[0]
+        for kv in (together[index], backwards[len(chunks) - 1 - index]):
+            assert torch.equal(alone.keys, kv.keys) and torch.equal(alone.values, kv.values)
+        with torch.inference_mode():
+            unpadded = model.hf(torch.tensor([ids]), use_cache=True).past_key_values
+        torch.testing.assert_close(alone.values[-1], unpadded.layers[-1].values[0], atol=1e-5, rtol=1e-4)
