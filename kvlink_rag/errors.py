@@ -1,17 +1,17 @@
 """Every error this package raises on purpose.
 
-    KVLinkError
-    ├── BadInput             what the caller gave cannot be used
-    │   ├── BadDocument      a file or text that cannot be read as a document
-    │   └── PromptTooLong    question, history or system message leave no room in the model's window
-    ├── UnsupportedModel     the model lacks a property that moving stored KV needs
-    ├── MissingModel         a default model's package is not installed
-    ├── MissingExtra         an optional dependency is not installed
-    ├── CheckpointMismatch   a link checkpoint or adapter was made for another base model
-    └── StoreError
-        ├── NotAStore        the folder holds something else
-        ├── StoreFull        the budget or the disk has no room
-        └── CorruptEntry     an entry failed verification (inside the store this is a miss, never an answer)
+KVLinkError
+├── BadInput             what the caller gave cannot be used
+│   ├── BadDocument      a file or text that cannot be read as a document
+│   └── PromptTooLong    question, history or system message leave no room in the model's window
+├── UnsupportedModel     the model lacks a property that moving stored KV needs
+├── MissingModel         a default model's package is not installed
+├── MissingExtra         an optional dependency is not installed
+├── CheckpointMismatch   a link checkpoint or adapter was made for another base model
+└── StoreError
+    ├── NotAStore        the folder holds something else
+    ├── StoreFull        the budget or the disk has no room
+    └── CorruptEntry     an entry failed verification (inside the store this is a miss, never an answer)
 """
 
 

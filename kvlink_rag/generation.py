@@ -85,7 +85,11 @@ def _run(
 
 
 def _generate(
-    model: LanguageModel, context: Context, settings: GenerationSettings, streamer: BaseStreamer, cancelled: threading.Event
+    model: LanguageModel,
+    context: Context,
+    settings: GenerationSettings,
+    streamer: BaseStreamer,
+    cancelled: threading.Event,
 ) -> None:
     pending = context.pending
     assert pending is not None

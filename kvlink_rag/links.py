@@ -45,14 +45,18 @@ class LinkTokens:
             about = json.loads((folder / "kvlink.json").read_text("utf-8"))
             embeddings = load_safetensors((folder / "link.safetensors").read_bytes())["links"]
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointMismatch(f"{folder} is no link checkpoint (kvlink.json and link.safetensors): {error}") from error
+            raise CheckpointMismatch(
+                f"{folder} is no link checkpoint (kvlink.json and link.safetensors): {error}"
+            ) from error
         if about.get("base_weights") != model.weights:
             raise CheckpointMismatch(
                 f"{folder} was trained for base weights {str(about.get('base_weights'))[:12]}, this model "
                 f"{model.name!r} has {model.weights[:12]}; load the model it was trained on, or train links for this one"
             )
         if embeddings.ndim != 3 or embeddings.shape[2] != model.hidden_size:
-            raise CheckpointMismatch(f"{folder}: links of shape {tuple(embeddings.shape)}, hidden size {model.hidden_size}")
+            raise CheckpointMismatch(
+                f"{folder}: links of shape {tuple(embeddings.shape)}, hidden size {model.hidden_size}"
+            )
         return cls(embeddings.to(device=model.device, dtype=model.dtype), str(folder))
 
     def save(self, folder: str | Path, model: LanguageModel, about: dict[str, object] | None = None) -> None:
@@ -63,5 +67,11 @@ class LinkTokens:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"links": self.embeddings.to(torch.float32).cpu().contiguous()}, folder / "link.safetensors")
         slots, per_chunk, _ = self.embeddings.shape
-        written = {"format": 1, "base_weights": model.weights, "num_link_tokens": per_chunk, "slots": slots, **(about or {})}
+        written = {
+            "format": 1,
+            "base_weights": model.weights,
+            "num_link_tokens": per_chunk,
+            "slots": slots,
+            **(about or {}),
+        }
         (folder / "kvlink.json").write_text(json.dumps(written, indent=2), "utf-8")

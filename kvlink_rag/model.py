@@ -33,7 +33,9 @@ class LanguageModel:
     One forward at a time: callers hold `lock` while they use the model.
     """
 
-    def __init__(self, hf: Any, tokenizer: Any, *, name: str | None = None, weights: str | None = None, adapter: str = ""):
+    def __init__(
+        self, hf: Any, tokenizer: Any, *, name: str | None = None, weights: str | None = None, adapter: str = ""
+    ):
         """Wrap a loaded model. `weights` is the digest of its files; without it the tensors are digested."""
         config = hf.config.get_text_config()
         self.hf = hf.eval()
@@ -56,7 +58,12 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, model: str | Path = DEFAULT_MODEL, *, adapter: str | Path | None = None, dtype: str = "auto", device: str = "auto"
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        adapter: str | Path | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
     ) -> LanguageModel:
         """Load by folder, hub id, or the name of the default model.
 
@@ -127,7 +134,9 @@ class LanguageModel:
         cache = DynamicCache()
         positions = torch.arange(ids.shape[1], device=self.device)[None].expand(ids.shape[0], -1)
         self.hf.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        return torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])
+        return torch.stack([layer.keys for layer in cache.layers]), torch.stack(
+            [layer.values for layer in cache.layers]
+        )
 
     @torch.inference_mode()
     def logits(self, embeds: Tensor, positions: Tensor, mask: Any, cache: Cache | None = None) -> Tensor:

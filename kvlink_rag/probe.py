@@ -69,7 +69,9 @@ def prove(model: Any, forward: Forward) -> Proof:
     name = type(model).__name__
     _refuse_layer_types(name, config)
     if not getattr(config, "max_position_embeddings", None):
-        raise UnsupportedModel(f"{name} has no max_position_embeddings (ALiBi or a recurrent model): only RoPE is served")
+        raise UnsupportedModel(
+            f"{name} has no max_position_embeddings (ALiBi or a recurrent model): only RoPE is served"
+        )
     max_positions = int(config.max_position_embeddings)
     offset = max(1, min(1013, _proven_length(config) - NUM_PROBE_TOKENS) // 2)
     ids = (torch.arange(NUM_PROBE_TOKENS) * 7919 % (config.vocab_size - 1) + 1)[None].to(model.device)
@@ -106,7 +108,9 @@ def prove(model: Any, forward: Forward) -> Proof:
     )
     for rotation in rotations:
         max_positions = min(max_positions, _length_limit(name, config, rotation.angles, model.device))
-    return Proof(Rope(rotations, len(near)), near[0][0].shape[1], near[0][0].shape[3], near[0][1].shape[3], max_positions)
+    return Proof(
+        Rope(rotations, len(near)), near[0][0].shape[1], near[0][0].shape[3], near[0][1].shape[3], max_positions
+    )
 
 
 def _refuse_layer_types(name: str, config: Any) -> None:

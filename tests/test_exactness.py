@@ -46,9 +46,7 @@ def linked_context(model: LanguageModel, prompt: Prompt, linking: str, room: int
     kvs = dict(encoder.encode(prompt.chunk_ids))
     prefix_kv = dict(encoder.encode([prompt.prefix_ids]))[0]
     ordered = [kvs[index] for index in range(len(prompt.chunk_ids))]
-    return LINKINGS[linking].link(
-        LinkRequest(model, prompt, prefix_kv, ordered, random_links(model, linking), room)
-    )
+    return LINKINGS[linking].link(LinkRequest(model, prompt, prefix_kv, ordered, random_links(model, linking), room))
 
 
 def whole_sequence(model: LanguageModel, prompt: Prompt, linking: str):
@@ -122,7 +120,9 @@ def test_full_linking_is_a_plain_causal_forward(family):
     context = linked_context(model, prompt, "full")
     list(generate(model, context, GenerationSettings(max_new_tokens=4), record))
     ids = [i for run in (prompt.prefix_ids, prompt.history_ids, *prompt.chunk_ids, prompt.question_ids) for i in run]
-    expected = model.hf.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, len(ids)))
+    expected = model.hf.generate(
+        torch.tensor([ids]), max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, len(ids))
+    )
     assert record.token_ids == expected[0, len(ids) :].tolist()
 
 
@@ -136,7 +136,9 @@ def test_an_encoding_prefix_is_exact_against_one_copy_per_chunk():
     with torch.inference_mode():
         cache = model.hf(torch.tensor([[*encoder.prefix_ids, *ids]]), use_cache=True).past_key_values
     for layer in range(kv.keys.shape[0]):
-        torch.testing.assert_close(kv.values[layer], cache.layers[layer].values[0, :, num_prefix:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            kv.values[layer], cache.layers[layer].values[0, :, num_prefix:], atol=1e-5, rtol=1e-4
+        )
     rotated = torch.empty_like(kv.keys)
     model.rope.rotate(kv.keys, torch.arange(num_prefix, num_prefix + 20), out=rotated)
     for layer in range(kv.keys.shape[0]):

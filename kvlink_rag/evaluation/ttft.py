@@ -1,0 +1,136 @@
+"""Time to first token from stored KV, against a full prefill of the same context and against the floor.
+
+linked: from the question's text to its first token, with embedding, search, reading, verification,
+rotation and prefill. full: the same with a full prefill of the same chunks. floor: the question alone
+over a resident, positioned context. Runs are interleaved; medians are reported.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
+from kvlink_rag.embedder import Embedder
+from kvlink_rag.errors import BadInput
+from kvlink_rag.generation import Generation, generate
+from kvlink_rag.index import IndexedChunk
+from kvlink_rag.joining import LinkRequest
+from kvlink_rag.linking import link_tokens
+from kvlink_rag.model import LanguageModel
+from kvlink_rag.prompt import Message, build_prompt
+from kvlink_rag.rag import KVLinkRAG
+from kvlink_rag.types import Chunk
+
+NUM_CHUNKS = 10
+QUESTION_TOKENS = 40
+WORDS = (
+    "harbour river stone window garden paper winter market bridge road letter number island summer engine table "
+    "mountain village school water light house people story morning table music ship field weather"
+).split()
+
+
+def run_ttft(
+    model: LanguageModel, contexts: list[int], repeats: int, progress: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    """One row per context length (tokens of prefix, chunks, links and question together)."""
+    embedder = Embedder()
+    rows: list[dict[str, Any]] = []
+    for length in contexts:
+        with tempfile.TemporaryDirectory(prefix="kvlink-bench-") as folder, KVLinkRAG(model, embedder, folder) as rag:
+            done = len(rows) * repeats
+            rows.append(
+                _measure(
+                    rag, length, repeats, lambda run, done=done: progress("runs", done + run, len(contexts) * repeats)
+                )  # type: ignore[misc]
+            )
+    return rows
+
+
+def _measure(rag: KVLinkRAG, length: int, repeats: int, report: Callable[[int], None]) -> dict[str, Any]:
+    question = _text(rag, random.Random(length), QUESTION_TOKENS)
+    messages = [{"role": "user", "content": question}]
+    scaffold = build_prompt(rag.model.tokenizer, messages, [], system=DEFAULT_SYSTEM).num_scaffold_tokens
+    around = len(rag.encoder.token_ids("a")) - 1
+    num_words = (length - scaffold) // NUM_CHUNKS - rag.links.num_per_chunk - around
+    if num_words < 4 or length >= rag.model.max_positions:
+        raise BadInput(f"a context of {length} tokens is too short for 10 chunks, or beyond {rag.model.max_positions}")
+    texts = [_text(rag, random.Random(f"{length} {number}"), num_words) for number in range(NUM_CHUNKS)]
+    encode_tokens_per_s = _fill(rag, texts)
+
+    full, linked, floor = [], [], []
+    for run in range(repeats + 1):  # the first run warms up
+        linked_answer = rag.ask(question, k=NUM_CHUNKS, linking="link_tokens", max_new_tokens=1)
+        full_answer = rag.ask(question, k=NUM_CHUNKS, linking="full", max_new_tokens=1)
+        floor_s = _floor(rag, messages, [hit.chunk.text for hit in linked_answer.hits])
+        assert all(source.reused for source in linked_answer.sources) and len(linked_answer.sources) == NUM_CHUNKS
+        if run:
+            linked.append(linked_answer.timings.ttft_s)
+            full.append(full_answer.timings.ttft_s)
+            floor.append(floor_s)
+            report(run)
+    full_s, linked_s, floor_s = (statistics.median(times) for times in (full, linked, floor))
+    return {
+        "context_tokens": linked_answer.tokens.reused + linked_answer.tokens.computed,
+        "full_s": round(full_s, 4),
+        "linked_s": round(linked_s, 4),
+        "floor_s": round(floor_s, 4),
+        "reduction": round(1 - linked_s / full_s, 4),
+        "linked_over_floor": round(linked_s / floor_s, 3),
+        "kv_bytes_per_token": rag.model.kv_shape.bytes_per_token,
+        "encode_tokens_per_s": encode_tokens_per_s,
+        "repeats": repeats,
+    }
+
+
+def _fill(rag: KVLinkRAG, texts: list[str]) -> float:
+    """Encode, store and index the texts as one document's chunks; returns the rate of encoding in tokens/s."""
+    ids = [rag.encoder.token_ids(text) for text in texts]
+    started = time.perf_counter()
+    kvs = dict(rag.encoder.encode(ids))
+    seconds = time.perf_counter() - started
+    for kv in kvs.values():
+        rag.kvs.put(kv)
+    chunks = [
+        IndexedChunk(Chunk(text, "bench", place), len(ids[place]), rag.encoder.fingerprint, rag.kvs.key(ids[place]))
+        for place, text in enumerate(texts)
+    ]
+    rag.index.replace_document("bench", "bench", None, {}, chunks, rag.embedder.embed(texts))
+    return round(sum(map(len, ids)) / seconds, 1)
+
+
+def _floor(rag: KVLinkRAG, messages: list[Message], texts: list[str]) -> float:
+    """Seconds to the first token when everything but the question is resident and positioned."""
+    chunk_ids = [rag.encoder.token_ids(text) for text in texts]
+    prompt = build_prompt(rag.model.tokenizer, messages, chunk_ids, system=DEFAULT_SYSTEM)
+    kvs = [kv for ids in chunk_ids if (kv := rag.kvs.get(ids)) is not None]
+    prefix_kv = rag.encoder.encode_alone(prompt.prefix_ids)
+    context = link_tokens.link(LinkRequest(rag.model, prompt, prefix_kv, kvs, rag.links, room=2))
+    settings = GenerationSettings(max_new_tokens=1)
+    list(generate(rag.model, context, settings, Generation([])))  # computes links and question into the buffer
+    num_question = len(prompt.question_ids)
+    context.num_placed = context.num_tokens - num_question
+    positions = torch.arange(context.num_placed, context.num_tokens, device=rag.model.device)
+    context.pend(prompt.question_ids[-1], positions, embeds=rag.model.embed(prompt.question_ids)[None])
+    record = Generation([])
+    started = time.perf_counter()
+    list(generate(rag.model, context, settings, record))
+    return (record.first_token_at or time.perf_counter()) - started
+
+
+def _text(rag: KVLinkRAG, rng: random.Random, num_tokens: int) -> str:
+    """Words that make exactly so many tokens."""
+    count = rag.model.tokenizer.count
+    words = [word for word in WORDS if count(f" {word}") == 1]
+    text = " ".join(rng.choice(words) for _ in range(num_tokens))
+    while count(text) > num_tokens:
+        text = text.rpartition(" ")[0]
+    while count(text) < num_tokens:
+        text += f" {rng.choice(words)}"
+    return text

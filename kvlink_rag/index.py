@@ -1,0 +1,252 @@
+"""The vector index: chunk texts and vectors in SQLite, searched by FAISS.
+
+SQLite is the truth. The FAISS file is derived from it, carries its digest in the database, and is
+rebuilt whenever it is missing, damaged or behind. Row ids are never given twice.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from kvlink_rag.embedder import Vectors
+from kvlink_rag.errors import NotAStore
+from kvlink_rag.types import Chunk, Hit
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS documents (id TEXT PRIMARY KEY, digest TEXT NOT NULL, title TEXT, metadata TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS chunks (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    document_id TEXT NOT NULL REFERENCES documents(id),
+    position INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    fingerprint TEXT NOT NULL,
+    kv_key TEXT NOT NULL,
+    vector BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS chunks_by_document ON chunks(document_id);
+CREATE INDEX IF NOT EXISTS chunks_by_key ON chunks(kv_key);
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class IndexedChunk:
+    """A chunk with what the index keeps beside its text."""
+
+    chunk: Chunk
+    num_tokens: int
+    fingerprint: str
+    kv_key: str
+
+
+class VectorIndex:
+    """Documents, their chunks and vectors in one folder."""
+
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder)
+        self._lock = threading.RLock()
+        database = self._folder / "index.sqlite"
+        try:
+            self._db = sqlite3.connect(database, timeout=60, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA secure_delete=ON")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.OperationalError as error:
+            if not database.exists():
+                raise NotAStore(f"the index in {self._folder} cannot be opened: {error}") from error
+            self._db = sqlite3.connect(
+                f"file:{database}?mode=ro", uri=True, check_same_thread=False, isolation_level=None
+            )
+        except sqlite3.DatabaseError as error:
+            raise NotAStore(
+                f"{database} is damaged ({error}); restore it, or delete it and add the documents again "
+                "(their stored KV is kept and used)"
+            ) from error
+        self._faiss: Any = None  # loaded at the first search
+
+    # -- documents ---------------------------------------------------------------------------------
+
+    def document_digest(self, document_id: str) -> str | None:
+        """The content digest the document was indexed under, or None."""
+        row = self._db.execute("SELECT digest FROM documents WHERE id = ?", (document_id,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def document_ids(self) -> list[str]:
+        """All documents, in order of id."""
+        return [row[0] for row in self._db.execute("SELECT id FROM documents ORDER BY id")]
+
+    def chunks_of(self, document_id: str) -> list[IndexedChunk]:
+        """A document's chunks in order."""
+        query = (
+            "SELECT c.document_id, position, text, d.metadata, num_tokens, fingerprint, kv_key FROM chunks c "
+            "JOIN documents d ON d.id = c.document_id WHERE c.document_id = ? ORDER BY position"
+        )
+        return [_indexed(row) for row in self._db.execute(query, (document_id,))]
+
+    def replace_document(
+        self,
+        document_id: str,
+        digest: str,
+        title: str | None,
+        metadata: dict[str, Any],
+        chunks: Sequence[IndexedChunk],
+        vectors: Vectors,
+    ) -> None:
+        """Index a document in one transaction, in place of an earlier version."""
+        rows = [
+            (document_id, c.chunk.position, c.chunk.text, c.num_tokens, c.fingerprint, c.kv_key, vector.tobytes())
+            for c, vector in zip(chunks, vectors, strict=True)
+        ]
+        with self._changing() as db:
+            gone = [row[0] for row in db.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,))]
+            db.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
+            db.execute(
+                "INSERT INTO documents VALUES (?, ?, ?, ?) ON CONFLICT(id) DO UPDATE SET "
+                "digest = excluded.digest, title = excluded.title, metadata = excluded.metadata",
+                (document_id, digest, title, json.dumps(metadata)),
+            )
+            new = [
+                db.execute(
+                    "INSERT INTO chunks (document_id, position, text, num_tokens, fingerprint, kv_key, vector) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    row,
+                ).lastrowid
+                for row in rows
+            ]
+        if self._faiss is not None:
+            if gone:
+                self._faiss.remove_ids(np.array(gone, dtype=np.int64))
+            if new:
+                self._faiss.add_with_ids(vectors, np.array(new, dtype=np.int64))
+
+    def delete_document(self, document_id: str) -> bool:
+        """Remove a document and its chunks; whether there was one."""
+        with self._changing() as db:
+            gone = [row[0] for row in db.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,))]
+            db.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
+            found = db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
+        if self._faiss is not None and gone:
+            self._faiss.remove_ids(np.array(gone, dtype=np.int64))
+        return found
+
+    def set_keys(self, document_id: str, chunks: Sequence[IndexedChunk]) -> None:
+        """Note under which recipe and key a document's chunks are now encoded."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(
+                "UPDATE chunks SET num_tokens = ?, fingerprint = ?, kv_key = ? WHERE document_id = ? AND position = ?",
+                [(c.num_tokens, c.fingerprint, c.kv_key, document_id, c.chunk.position) for c in chunks],
+            )
+            self._db.execute("COMMIT")
+
+    def live_keys(self) -> set[str]:
+        """KV keys that some chunk refers to."""
+        return {row[0] for row in self._db.execute("SELECT DISTINCT kv_key FROM chunks")}
+
+    def unreferenced(self, keys: Sequence[str]) -> list[str]:
+        """Those of `keys` that no chunk refers to."""
+        query = "SELECT 1 FROM chunks WHERE kv_key = ? LIMIT 1"
+        return [key for key in dict.fromkeys(keys) if self._db.execute(query, (key,)).fetchone() is None]
+
+    def counts(self) -> tuple[int, int, int]:
+        """Documents, chunks, tokens."""
+        documents = self._db.execute("SELECT COUNT(*) FROM documents").fetchone()[0]
+        chunks, tokens = self._db.execute("SELECT COUNT(*), COALESCE(SUM(num_tokens), 0) FROM chunks").fetchone()
+        return int(documents), int(chunks), int(tokens)
+
+    # -- search ------------------------------------------------------------------------------------
+
+    def search(self, vector: Vectors, k: int) -> list[Hit]:
+        """The k chunks nearest to a unit vector [1, dim], best first; fewer if there are fewer."""
+        with self._lock:
+            faiss_index = self._loaded_faiss(vector.shape[1])
+            if faiss_index is None or faiss_index.ntotal == 0:
+                return []
+            scores, ids = faiss_index.search(vector, min(k, faiss_index.ntotal))
+            query = (
+                "SELECT c.document_id, position, text, d.metadata FROM chunks c "
+                "JOIN documents d ON d.id = c.document_id WHERE c.id = ?"
+            )
+            hits = []
+            for score, row_id in zip(scores[0].tolist(), ids[0].tolist(), strict=True):
+                row = self._db.execute(query, (row_id,)).fetchone()
+                if row is not None:
+                    hits.append(Hit(Chunk(row[2], row[0], row[1], json.loads(row[3])), round(float(score), 6)))
+            return hits
+
+    def get_meta(self, name: str) -> str | None:
+        """A named value of the store, or None."""
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Set a named value of the store."""
+        self._db.execute(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value", (name, value)
+        )
+
+    def save(self) -> None:
+        """Write the FAISS file, so that the next start need not rebuild it."""
+        import faiss
+
+        with self._lock:
+            if self._faiss is None or self.get_meta("faiss_digest"):
+                return
+            data = faiss.serialize_index(self._faiss).tobytes()
+            temporary = self._folder / "index.faiss.tmp"
+            temporary.write_bytes(data)
+            temporary.replace(self._folder / "index.faiss")
+            self.set_meta("faiss_digest", blake3(data).hexdigest())
+
+    def close(self) -> None:
+        """Write what is derived and let go of the files."""
+        self._db.close()
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that also notes that the FAISS file is behind."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self.set_meta("faiss_digest", "")
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _loaded_faiss(self, dim: int) -> Any:
+        """The FAISS index: the one in memory, the file if it is current, else rebuilt from SQLite."""
+        import faiss
+
+        if self._faiss is not None:
+            return self._faiss
+        try:
+            data = (self._folder / "index.faiss").read_bytes()
+        except OSError:
+            data = b""
+        if data and blake3(data).hexdigest() == self.get_meta("faiss_digest"):
+            self._faiss = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+            return self._faiss
+        index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+        rows = self._db.execute("SELECT id, vector FROM chunks").fetchall()
+        if rows:
+            vectors = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.float32).reshape(len(rows), dim)
+            index.add_with_ids(vectors, np.array([row[0] for row in rows], dtype=np.int64))
+        self._faiss = index
+        return index
+
+
+def _indexed(row: Sequence[Any]) -> IndexedChunk:
+    return IndexedChunk(Chunk(row[2], row[0], row[1], json.loads(row[3])), row[4], row[5], row[6])

@@ -1,0 +1,265 @@
+"""Adding documents: chunk, encode, store KV, then index. KV first, vector second.
+
+Documents go through in groups; what is finished stays finished, so an interrupted `add` is completed
+by the next one, and unchanged documents cost one digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvlink_rag.chunking import split
+from kvlink_rag.config import ChunkSettings, StoreSettings
+from kvlink_rag.embedder import Embedder
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.errors import BadInput, StoreFull
+from kvlink_rag.index import IndexedChunk, VectorIndex
+from kvlink_rag.loading import Skipped, load
+from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.store.kv_store import KVStore
+from kvlink_rag.types import AddReport, Document
+
+GROUP_CHUNKS = 64  # documents are finished in groups of about so many chunks
+ENTRY_OVERHEAD_BYTES = 1024
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class AddPlan:
+    """What an `add` is about to do, known before anything is written."""
+
+    documents: int
+    unchanged_documents: int
+    chunks: int
+    chunks_to_encode: int
+    tokens_to_encode: int
+    expected_bytes: int
+    free_bytes: int
+
+
+@dataclass
+class _Work:
+    """One document on its way into the store."""
+
+    document: Document
+    id: str
+    digest: str
+    is_indexed: bool  # the index already holds this very content
+    chunks: list[IndexedChunk] = field(default_factory=list)
+    token_ids: list[tuple[int, ...]] = field(default_factory=list)
+
+
+class Ingestion:
+    """Brings documents into one store under one recipe."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        embedder: Embedder,
+        index: VectorIndex,
+        entries: DiskStore,
+        kvs: KVStore,
+        chunking: ChunkSettings,
+        limits: StoreSettings,
+    ):
+        self._encoder, self._embedder, self._index = encoder, embedder, index
+        self._entries, self._kvs = entries, kvs
+        self._chunking, self._limits = chunking, limits
+        self._counts: dict[str, int] = {}
+
+    def add(
+        self,
+        sources: Iterable[str | Path | Document],
+        *,
+        encode: str = "now",
+        on_plan: Callable[[AddPlan], None] | None = None,
+        progress: Progress | None = None,
+    ) -> AddReport:
+        """Add or update documents; see `KVLinkRAG.add`."""
+        if encode not in ("now", "on-first-use"):
+            raise BadInput(f"encode must be 'now' or 'on-first-use', got {encode!r}")
+        if self._entries.read_only:
+            raise BadInput(f"the store in {self._entries.folder} cannot be written; nothing was added")
+        started = time.perf_counter()
+        report = progress or (lambda stage, done, total: None)
+        works, skipped = self._prepare(sources, report)
+        to_encode = self._missing(works) if encode == "now" else {}
+        plan = self._plan(works, to_encode)
+        if on_plan is not None:
+            on_plan(plan)
+        if plan.expected_bytes > plan.free_bytes:
+            raise StoreFull(
+                f"{plan.chunks_to_encode} chunks need about {plan.expected_bytes:,} bytes, {plan.free_bytes:,} are free "
+                "within the store's budget and the disk; raise the budget, delete documents, or encode on first use"
+            )
+        written = self._run(works, to_encode, report)
+        self._index.save()
+        seconds = time.perf_counter() - started
+        num_chunks = sum(len(work.token_ids) for work in works)
+        return AddReport(
+            documents=len(works),
+            chunks=num_chunks,
+            tokens=sum(c.num_tokens for work in works for c in work.chunks),
+            encoded_chunks=len(to_encode),
+            reused_chunks=num_chunks - len(to_encode) if encode == "now" else 0,
+            skipped_files=len(skipped),
+            bytes=written,
+            seconds=round(seconds, 4),
+            tokens_per_s=round(plan.tokens_to_encode / seconds, 1),
+            skipped=tuple(map(str, skipped)),
+        )
+
+    def _prepare(self, sources: Iterable[str | Path | Document], report: Progress) -> tuple[list[_Work], list[Skipped]]:
+        """Read and chunk everything. Unchanged documents are not even tokenised."""
+        works: dict[str, _Work] = {}
+        skipped: list[Skipped] = []
+        for number, item in enumerate(load(sources, self._limits.max_document_bytes), 1):
+            if isinstance(item, Skipped):
+                skipped.append(item)
+                continue
+            if problem := self._problem(item):
+                skipped.append(Skipped(item.id or "a document without id", problem))
+                continue
+            digest = self._digest(item)
+            document_id = item.id or f"text-{digest[:16]}"
+            works[document_id] = self._prepare_one(item, document_id, digest)
+            report("reading", number, 0)
+        return list(works.values()), skipped
+
+    def _problem(self, document: Document) -> str | None:
+        """Why a document cannot be added, or None."""
+        if not document.text.strip():
+            return "holds no text"
+        try:
+            size = len(document.text.encode())
+            (document.title or "").encode()
+        except UnicodeEncodeError:
+            return "holds characters that are no valid Unicode (lone surrogates)"
+        limit = self._limits.max_document_bytes
+        return f"{size:,} bytes, the limit is {limit:,}; split it or raise max_document_bytes" if size > limit else None
+
+    def _prepare_one(self, document: Document, document_id: str, digest: str) -> _Work:
+        work = _Work(document, document_id, digest, self._index.document_digest(document_id) == digest)
+        if work.is_indexed:
+            work.chunks = self._index.chunks_of(document_id)
+            if all(c.fingerprint == self._encoder.fingerprint for c in work.chunks):
+                work.token_ids = [()] * len(work.chunks)  # only needed if the KV is gone
+                return work
+            chunks = [indexed.chunk for indexed in work.chunks]
+        else:
+            chunks = split(document, document_id, self._count, self._chunking)
+        work.token_ids = [self._encoder.token_ids(chunk.text) for chunk in chunks]
+        work.chunks = [
+            IndexedChunk(chunk, len(ids), self._encoder.fingerprint, self._kvs.key(ids))
+            for chunk, ids in zip(chunks, work.token_ids, strict=True)
+        ]
+        return work
+
+    def _missing(self, works: list[_Work]) -> dict[str, tuple[int, ...]]:
+        """Key -> token ids of every chunk without a stored KV."""
+        missing: dict[str, tuple[int, ...]] = {}
+        for work in works:
+            for number, indexed in enumerate(work.chunks):
+                if indexed.kv_key in missing or indexed.kv_key in self._entries:
+                    continue
+                ids = work.token_ids[number] or self._encoder.token_ids(indexed.chunk.text)
+                missing[indexed.kv_key] = ids
+        return missing
+
+    def _plan(self, works: list[_Work], to_encode: dict[str, tuple[int, ...]]) -> AddPlan:
+        num_tokens = sum(map(len, to_encode.values()))
+        per_token = self._encoder.model.kv_shape.bytes_per_token
+        return AddPlan(
+            documents=len(works),
+            unchanged_documents=sum(work.is_indexed for work in works),
+            chunks=sum(len(work.chunks) for work in works),
+            chunks_to_encode=len(to_encode),
+            tokens_to_encode=num_tokens,
+            expected_bytes=num_tokens * per_token + len(to_encode) * ENTRY_OVERHEAD_BYTES,
+            free_bytes=self._entries.free_bytes(),
+        )
+
+    def _run(self, works: list[_Work], to_encode: dict[str, tuple[int, ...]], report: Progress) -> int:
+        """Encode, store and index group by group; returns the bytes written."""
+        left = dict(to_encode)
+        written = done = 0
+        for group in _groups(works):
+            wanted = [c.kv_key for work in group for c in work.chunks if c.kv_key in left]
+            ids = [left.pop(key) for key in dict.fromkeys(wanted)]
+            for _, kv in self._encoder.encode(ids):
+                written += self._kvs.put(kv)
+                done += 1
+                report("encoding", done, len(to_encode))
+            self._index_group(group)
+        return written
+
+    def _index_group(self, group: Sequence[_Work]) -> None:
+        """Index the group's documents and drop the KV of what they no longer hold."""
+        new = [work for work in group if not work.is_indexed]
+        vectors = self._embedder.embed([c.chunk.text for work in new for c in work.chunks]) if new else None
+        start = 0
+        for work in group:
+            old_keys = [c.kv_key for c in self._index.chunks_of(work.id)]
+            if work.is_indexed:
+                if old_keys != [c.kv_key for c in work.chunks]:
+                    self._index.set_keys(work.id, work.chunks)
+            else:
+                assert vectors is not None
+                stop = start + len(work.chunks)
+                metadata = dict(work.document.metadata)
+                self._index.replace_document(
+                    work.id, work.digest, work.document.title, metadata, work.chunks, vectors[start:stop]
+                )
+                start = stop
+                self._entries.delete(self._index.unreferenced(old_keys))
+
+    def _count(self, text: str) -> int:
+        """A text's length for the chunker: the longer of the model's and the embedder's reading of it.
+
+        The embedder's is scaled so that a chunk that is full for the model still fits the embedder's window.
+        """
+        if text not in self._counts:
+            if len(self._counts) > 50_000:
+                self._counts.clear()
+            scale = min(1.0, self._embedder.max_tokens / self._chunking.max_tokens)
+            embedder_count = self._embedder.count(text) / scale if scale < 1.0 else self._embedder.count(text)
+            self._counts[text] = max(self._encoder.model.tokenizer.count(text), int(embedder_count))
+        return self._counts[text]
+
+    def _digest(self, document: Document) -> str:
+        """Digest of all that decides a document's chunks."""
+        try:
+            metadata = json.dumps(dict(document.metadata), sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"metadata of {document.id!r} is not plain JSON: {error}") from error
+        parts = [
+            document.text,
+            document.title or "",
+            metadata,
+            repr(self._chunking),
+            self._encoder.model.tokenizer.digest,
+        ]
+        digest = hashlib.sha256()
+        for part in parts:
+            data = part.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
+
+def _groups(works: list[_Work]) -> Iterable[list[_Work]]:
+    group: list[_Work] = []
+    num_chunks = 0
+    for work in works:
+        group.append(work)
+        num_chunks += len(work.chunks)
+        if num_chunks >= GROUP_CHUNKS:
+            yield group
+            group, num_chunks = [], 0
+    if group:
+        yield group

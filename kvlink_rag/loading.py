@@ -1,0 +1,142 @@
+"""Files and folders to documents. What cannot be read is skipped with a reason, never silently."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvlink_rag.errors import BadDocument, BadInput, MissingExtra
+from kvlink_rag.types import Document
+
+SUFFIXES = (".txt", ".md", ".rst", ".html", ".pdf")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that gave no document, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def load(sources: Iterable[str | Path | Document], max_bytes: int) -> Iterator[Document | Skipped]:
+    """Documents of paths, texts and Documents.
+
+    A string that names an existing file or folder is a path; one with white space is a text. Raises BadInput
+    before anything is read if a path does not exist.
+    """
+    resolved = [_resolve(source) for source in sources]
+    for source in resolved:
+        if isinstance(source, Document):
+            yield source
+            continue
+        for path in _files(source):
+            try:
+                yield read_file(path, max_bytes)
+            except BadDocument as error:
+                yield Skipped(str(path), str(error))
+
+
+def read_file(path: Path, max_bytes: int) -> Document:
+    """One file as a document, its absolute path as id. Raises BadDocument, MissingExtra."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise BadDocument(f"not one of {' '.join(SUFFIXES)}")
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise BadDocument(f"{size:,} bytes, the limit is {max_bytes:,}; split it or raise max_document_bytes")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadDocument(f"cannot be read: {error.strerror}") from error
+    title, text = _READERS.get(path.suffix.lower(), _read_text)(data)
+    if not text.strip():
+        raise BadDocument("holds no text")
+    return Document(text, id=str(path.resolve()), title=title or path.stem.replace("-", " ").replace("_", " "))
+
+
+def _resolve(source: str | Path | Document) -> Path | Document:
+    if isinstance(source, Document):
+        return source
+    if isinstance(source, str):
+        is_path = len(source) < 4096 and "\n" not in source and "\0" not in source and Path(source).exists()
+        looks_like_path = source.lower().endswith(SUFFIXES) or not re.search(r"\s", source)
+        if not is_path and not looks_like_path:
+            return Document(source)
+    path = Path(source)
+    if not path.exists():
+        raise BadInput(f"{source}: no such file or folder")
+    return path
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file itself, or all files below a folder in order, hidden ones left out."""
+    if not path.is_dir():
+        yield path
+        return
+    for file in sorted(path.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not is_hidden:
+            yield file
+
+
+def _decode(data: bytes) -> str:
+    if b"\0" in data[:65536]:
+        raise BadDocument("a binary file, not text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadDocument(f"not valid UTF-8 (byte {error.start}); convert it first") from None
+
+
+def _read_text(data: bytes) -> tuple[str | None, str]:
+    return None, _decode(data)
+
+
+def _read_markdown(data: bytes) -> tuple[str | None, str]:
+    """The first heading, where it opens the file, becomes the title."""
+    text = _decode(data)
+    match = re.match(r"\s*#[ \t]+(.+?)[ \t]*#*[ \t]*(?:\n|$)", text)
+    return (match[1], text[match.end() :]) if match and text[match.end() :].strip() else (None, text)
+
+
+def _read_html(data: bytes) -> tuple[str | None, str]:
+    try:
+        from bs4 import BeautifulSoup
+    except ImportError:
+        raise MissingExtra("reading .html", "documents") from None
+    soup = BeautifulSoup(_decode(data), "html.parser")
+    for hidden in soup(["script", "style", "noscript", "template"]):
+        hidden.decompose()
+    title = soup.title.get_text(" ", strip=True) if soup.title else None
+    body = soup.body or soup
+    for inline in body(["a", "b", "i", "em", "strong", "span", "code", "small", "sub", "sup", "mark", "u"]):
+        inline.unwrap()
+    body.smooth()
+    lines = (line.strip() for line in body.get_text("\n\n").splitlines())
+    return title, re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _read_pdf(data: bytes) -> tuple[str | None, str]:
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError:
+        raise MissingExtra("reading .pdf", "documents") from None
+    import io
+
+    try:
+        reader = PdfReader(io.BytesIO(data))
+        if reader.is_encrypted:
+            raise BadDocument("an encrypted PDF; save it without a password first")
+        title = reader.metadata.title if reader.metadata else None
+        return title, "\n\n".join(page.extract_text() for page in reader.pages)
+    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadDocument(f"not a PDF that can be read: {error}") from error
+
+
+_READERS = {".md": _read_markdown, ".html": _read_html, ".pdf": _read_pdf}

@@ -1,0 +1,382 @@
+"""The story: add documents once, ask from their stored KV."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from typing_extensions import Unpack
+
+from kvlink_rag.chunking import chunk_text
+from kvlink_rag.config import DEFAULT_STORE, DEFAULT_SYSTEM, ChunkSettings, GenerationSettings, StoreSettings
+from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
+from kvlink_rag.embedder import Embedder
+from kvlink_rag.encoding import CHUNK_TEMPLATE, Encoder
+from kvlink_rag.errors import BadInput, NotAStore, PromptTooLong, StoreFull
+from kvlink_rag.generation import Generation, generate
+from kvlink_rag.index import VectorIndex
+from kvlink_rag.ingestion import AddPlan, Ingestion, Progress
+from kvlink_rag.joining import LinkRequest
+from kvlink_rag.kv import KV
+from kvlink_rag.linking import get_linking
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.model import LanguageModel
+from kvlink_rag.prompt import Message, build_prompt
+from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.store.folder import open_folder
+from kvlink_rag.store.kv_store import KVStore
+from kvlink_rag.types import AddReport, Answer, Chunk, Document, Hit, Piece, Source, Timings, TokenCounts
+
+MAX_PREFIXES = 8  # system messages whose KV is kept in memory
+
+
+class AskOptions(TypedDict, total=False):
+    """What `ask` and `stream` take beside the question."""
+
+    k: int
+    documents: Sequence[str | Document | Hit] | None
+    system: str | None
+    linking: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop: Sequence[str]
+    seed: int | None
+
+
+@dataclass
+class _Loading:
+    """Chunks of one context on their way from the store."""
+
+    token_ids: list[tuple[int, ...]]
+    encoded: dict[int, KV]  # misses, computed for this answer
+    seconds: float = 0.0
+
+
+class KVLinkRAG:
+    """A language model, a store of its documents' KV, and an index to find them.
+
+    Make one with `load`. Safe to use from several threads; the model answers one question at a time.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        embedder: Embedder,
+        store: str | Path = DEFAULT_STORE,
+        *,
+        linking: str = "link_tokens",
+        links: LinkTokens | None = None,
+        chunking: ChunkSettings | None = None,
+        limits: StoreSettings | None = None,
+        chunk_template: str = CHUNK_TEMPLATE,
+        encoding_prefix: str = "",
+    ):
+        get_linking(linking)
+        self.model, self.embedder, self.linking = model, embedder, linking
+        self.limits = limits or StoreSettings()
+        self.links = links or LinkTokens.untrained(model)
+        self.encoder = Encoder(model, template=chunk_template, encoding_prefix=encoding_prefix)
+        self.folder = open_folder(store)
+        self.entries = DiskStore(self.folder / "kv", max_bytes=self.limits.max_bytes)
+        self.kvs = KVStore(self.entries, self.encoder.fingerprint, model.kv_shape)
+        self.index = VectorIndex(self.folder)
+        self._chunking = chunking or ChunkSettings()
+        self._prefixes: dict[tuple[int, ...], KV] = {}
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        store: str | Path = DEFAULT_STORE,
+        *,
+        embedder: str | Path = DEFAULT_EMBEDDER,
+        linking: str = "link_tokens",
+        links: str | Path | None = None,
+        adapter: str | Path | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        chunking: ChunkSettings | None = None,
+        limits: StoreSettings | None = None,
+        encoding_prefix: str = "",
+    ) -> KVLinkRAG:
+        """Load models and open the store.
+
+        model, embedder: folder, hub id or the default's name. links: folder of a link checkpoint for this very model.
+        adapter: PEFT folder. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
+        """
+        get_linking(linking)
+        open_folder(store)  # a wrong folder is said before seconds of loading
+        language_model = LanguageModel.load(model, adapter=adapter, dtype=dtype, device=device)
+        return cls(
+            language_model,
+            Embedder(embedder),
+            store,
+            linking=linking,
+            links=LinkTokens.load(links, language_model) if links else None,
+            chunking=chunking,
+            limits=limits,
+            encoding_prefix=encoding_prefix,
+        )
+
+    # -- documents ---------------------------------------------------------------------------------
+
+    def add(
+        self,
+        *sources: str | Path | Document | Iterable[str | Path | Document],
+        encode: str = "now",
+        on_plan: Callable[[AddPlan], None] | None = None,
+        progress: Progress | None = None,
+    ) -> AddReport:
+        """Add documents: files, folders, texts or Documents; each is read by the model once.
+
+        A document whose id is known is updated; unchanged chunks are not encoded again. With encode="on-first-use" only the
+        index is filled. on_plan is told what will be done before anything is written; progress gets (stage, done, total).
+        Raises BadInput and StoreFull with nothing written; interrupted, the next `add` finishes the job.
+        """
+        items: list[str | Path | Document] = []
+        for source in sources:
+            items.extend([source] if isinstance(source, str | Path | Document) else source)
+        self._bind_embedder()
+        ingestion = Ingestion(
+            self.encoder, self.embedder, self.index, self.entries, self.kvs, self._chunking, self.limits
+        )
+        return ingestion.add(items, encode=encode, on_plan=on_plan, progress=progress)
+
+    def delete(self, *document_ids: str) -> int:
+        """Remove documents, their chunks and all KV that no other document shares; how many there were."""
+        removed = 0
+        for document_id in document_ids:
+            keys = [chunk.kv_key for chunk in self.index.chunks_of(document_id)]
+            removed += self.index.delete_document(document_id)
+            self.entries.delete(self.index.unreferenced(keys))
+        self.index.save()
+        return removed
+
+    def search(self, question: str, k: int = 5) -> list[Hit]:
+        """The k chunks nearest to the question, best first; fewer if the store holds fewer."""
+        if k < 1:
+            raise BadInput(f"k must be at least 1, got {k}")
+        if not question.strip():
+            raise BadInput("the question is empty")
+        if self.index.counts()[1] == 0:
+            return []
+        self._bind_embedder()
+        return self.index.search(self.embedder.embed([question]), k)
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    def ask(self, question: str | Sequence[Message], **options: Unpack[AskOptions]) -> Answer:
+        """Answer a question; see `stream` for the options."""
+        *_, last = self.stream(question, **options)
+        assert last.answer is not None
+        return last.answer
+
+    def stream(
+        self,
+        question: str | Sequence[Message],
+        *,
+        k: int = 5,
+        documents: Sequence[str | Document | Hit] | None = None,
+        system: str | None = None,
+        linking: str | None = None,
+        max_new_tokens: int = GenerationSettings.max_new_tokens,
+        temperature: float = GenerationSettings.temperature,
+        top_p: float = GenerationSettings.top_p,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Iterator[Piece]:
+        """Answer piece by piece; the last piece carries the whole `Answer`.
+
+        question: a text, or chat messages ({"role", "content"}) of which the last is the user's. documents: what to answer
+        from, best first, instead of retrieving k chunks; [] answers from none. Chunks beyond the model's window are left out,
+        lowest-scored first, and named in the answer. Raises BadInput and PromptTooLong.
+        """
+        started = time.perf_counter()
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop), seed=seed
+        )
+        module = get_linking(linking or self.linking)
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        has_system = bool(messages) and messages[0].get("role") == "system"
+        system = system if system is not None or has_system else DEFAULT_SYSTEM
+        prompt = build_prompt(self.model.tokenizer, messages, [], system=system)
+        words = messages[-1]["content"]
+        hits = self.search(words, k) if documents is None else [_as_hit(item) for item in documents]
+        retrieved = time.perf_counter()
+
+        num_links = self.links.num_per_chunk if module.USES_STORED_KV else 0
+        token_ids = [self.encoder.token_ids(hit.chunk.text) for hit in hits]
+        kept = self._fitting(token_ids, prompt.num_scaffold_tokens, num_links, settings.max_new_tokens)
+        prompt = build_prompt(self.model.tokenizer, messages, [token_ids[i] for i in kept], system=system)
+        prefix_is_new = prompt.prefix_ids not in self._prefixes
+        loading = self._loading(prompt.chunk_ids) if module.USES_STORED_KV else None
+        request = LinkRequest(
+            model=self.model,
+            prompt=prompt,
+            prefix_kv=self._prefix_kv(prompt.prefix_ids) if loading else None,
+            kvs=self._load(loading) if loading else (),
+            links=self.links,
+            room=settings.max_new_tokens,
+        )
+        context = module.link(request)
+        linked = time.perf_counter()
+
+        record = Generation([])
+        pieces: list[str] = []
+        for text in generate(self.model, context, settings, record):
+            pieces.append(text)
+            yield Piece(text)
+        ended = time.perf_counter()
+        first = record.first_token_at or ended
+        load_s = loading.seconds if loading else 0.0
+        encoded = set(loading.encoded) if loading else set(range(len(kept)))
+        computed = context.num_computed + (len(prompt.prefix_ids) if loading and prefix_is_new else 0)
+        computed += sum(len(prompt.chunk_ids[i]) for i in encoded) if loading else 0
+        answer = Answer(
+            question=words,
+            text="".join(pieces).strip(),
+            sources=tuple(
+                Source(hits[i], len(prompt.chunk_ids[place]), place not in encoded) for place, i in enumerate(kept)
+            ),
+            left_out=tuple(hit for i, hit in enumerate(hits) if i not in kept),
+            timings=Timings(
+                retrieve_s=retrieved - started,
+                load_s=load_s,
+                link_s=linked - retrieved - load_s,
+                prefill_s=first - linked,
+                ttft_s=first - started,
+                decode_s=ended - first,
+                total_s=ended - started,
+            ),
+            tokens=TokenCounts(context.num_tokens - computed, computed, len(record.token_ids)),
+            linking=linking or self.linking,
+            model=self.model.name,
+            finish_reason=record.finish_reason,
+        )
+        yield Piece("", answer)
+
+    # -- the store ---------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers about the store, and what this process read from it."""
+        documents, chunks, tokens = self.index.counts()
+        counters = self.entries.counters
+        return {
+            "documents": documents,
+            "chunks": chunks,
+            "tokens": tokens,
+            "entries": sum(1 for _ in self.entries.keys()),
+            "bytes": self.entries.size_bytes(),
+            "max_bytes": self.entries.max_bytes,
+            "hits": counters.hits,
+            "misses": counters.misses,
+            "quarantined": counters.quarantined,
+            "fingerprint": self.encoder.fingerprint,
+        }
+
+    def prune(self) -> int:
+        """Delete every KV that no indexed chunk refers to (of other models too); how many there were."""
+        live = self.index.live_keys()
+        removed = self.entries.delete([key for key in self.entries.keys() if key not in live])
+        self.entries.sweep()
+        return removed
+
+    def verify(self) -> tuple[int, int]:
+        """Check every stored KV and drop the damaged ones; (sound, dropped). They are encoded again when needed."""
+        sound, dropped = self.entries.verify()
+        return sound, len(dropped)
+
+    def close(self) -> None:
+        """Let go of the store's files."""
+        self.index.close()
+        self.entries.close()
+
+    def __enter__(self) -> KVLinkRAG:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _bind_embedder(self) -> None:
+        """Make sure that the store's vectors and this embedder's belong together."""
+        known = self.index.get_meta("embedder")
+        if known is None and not self.entries.read_only:
+            self.index.set_meta("embedder", self.embedder.digest)
+        elif known is not None and known != self.embedder.digest:
+            raise NotAStore(
+                f"the vectors in {self.folder} were made by another embedder than {self.embedder.name!r}; load that one, "
+                "or add the documents to a new store"
+            )
+
+    def _fitting(self, token_ids: list[tuple[int, ...]], num_scaffold: int, num_links: int, room: int) -> list[int]:
+        """Places of the chunks that fit the window beside question and answer, best first."""
+        window = self.model.max_positions
+        left = window - num_scaffold - room
+        if left < 0:
+            raise PromptTooLong(
+                f"question, history and system message have {num_scaffold} tokens, the answer may have {room} more, and the "
+                f"model's window is {window}; shorten them or lower max_new_tokens"
+            )
+        kept = []
+        for place, ids in enumerate(token_ids):
+            if len(ids) + num_links > left:
+                break
+            left -= len(ids) + num_links
+            kept.append(place)
+        return kept
+
+    def _loading(self, chunk_ids: Sequence[tuple[int, ...]]) -> _Loading:
+        """Look chunks up; those the store lacks are encoded at once, stored, and used as they read back."""
+        started = time.perf_counter()
+        missing = {ids: place for place, ids in enumerate(chunk_ids) if ids not in self.kvs}
+        loading = _Loading(list(chunk_ids), {})
+        for number, kv in self.encoder.encode(list(missing)):
+            ids = list(missing)[number]
+            self._keep(kv)
+            loading.encoded.update({place: kv for place, other in enumerate(chunk_ids) if other == ids})
+        loading.seconds = time.perf_counter() - started
+        return loading
+
+    def _load(self, loading: _Loading) -> Iterator[KV]:
+        """Yield the chunks' KVs in order, one in memory at a time; an entry that fails its check is encoded again."""
+        for place, ids in enumerate(loading.token_ids):
+            started = time.perf_counter()
+            kv = loading.encoded.get(place) or self.kvs.get(ids)
+            if kv is None:
+                _, kv = next(self.encoder.encode([ids]))
+                self._keep(kv)
+                loading.encoded[place] = kv
+            loading.seconds += time.perf_counter() - started
+            yield kv
+
+    def _keep(self, kv: KV) -> None:
+        """Store a KV computed for an answer; a full store costs reuse, never the answer."""
+        try:
+            self.kvs.put(kv)
+        except StoreFull as error:
+            self.entries.warn_once(str(error))
+
+    def _prefix_kv(self, ids: tuple[int, ...]) -> KV:
+        """KV of the prompt's prefix, the same for every question under one system message."""
+        if ids not in self._prefixes:
+            if len(self._prefixes) >= MAX_PREFIXES:
+                self._prefixes.pop(next(iter(self._prefixes)))
+            self._prefixes[ids] = self.encoder.encode_alone(ids)
+        return self._prefixes[ids]
+
+
+def _as_hit(item: str | Document | Hit) -> Hit:
+    """A document given by the caller, as one chunk; its text is what the store would hold for it."""
+    if isinstance(item, Hit):
+        return item
+    document = Document(item) if isinstance(item, str) else item
+    if not document.text.strip():
+        raise BadInput("a document given with the question holds no text")
+    text = chunk_text(document.text, document.title)
+    return Hit(Chunk(text, document.id or "given", 0, document.metadata))
