@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from kvlink_rag.config import DEFAULT_STORE, GIB
+from kvlink_rag.console import notes, progress_bar, read_line, say, say_plan, say_sources, show
 from kvlink_rag.errors import BadInput, KVLinkError
 
 if TYPE_CHECKING:
-    from kvlink_rag.ingestion import AddPlan
     from kvlink_rag.rag import KVLinkRAG
-    from kvlink_rag.types import Answer
 
 app = typer.Typer(
     help="Read every document once; answer from its stored KV.", no_args_is_help=True, add_completion=False,
@@ -29,8 +27,6 @@ store_app = typer.Typer(help="Look after a store.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
-
-notes = Console(stderr=True, highlight=False)
 
 Store = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal LM; default: SmolLM2-135M-Instruct.")]
@@ -66,9 +62,9 @@ def add(
         if not path.exists():
             raise BadInput(f"{path}: no such file or folder")
     with _loaded(store, model, embedder, adapter=adapter, dtype=dtype, device=device, max_gib=max_gib) as rag:
-        with _progress() as progress:
+        with progress_bar() as progress:
             try:
-                report = rag.add(paths, encode=encode, on_plan=_say_plan, progress=progress)
+                report = rag.add(paths, encode=encode, on_plan=say_plan, progress=progress)
             except KeyboardInterrupt:
                 documents = rag.index.counts()[0]
                 raise KVLinkError(
@@ -81,8 +77,8 @@ def add(
         else:
             print(
                 f"{report.documents} documents, {report.chunks} chunks, {report.tokens:,} tokens: "
-                f"{report.encoded_chunks} encoded, {report.reused_chunks} reused, {report.skipped_files} files skipped; "
-                f"{report.bytes / 2**20:,.1f} MiB written in {report.seconds:.1f} s"
+                f"{report.encoded_chunks} encoded, {report.reused_chunks} reused; {report.skipped_files} files "
+                f"skipped; {report.bytes / 2**20:,.1f} MiB written in {report.seconds:.1f} s"
             )
         if report.skipped and not report.documents:
             raise KVLinkError("nothing was added: every file was skipped (reasons above)")
@@ -130,11 +126,11 @@ def ask(
             stop=stop or (),
             seed=seed,
         )
-        answer = _show(pieces, quiet=as_json)
+        answer = show(pieces, quiet=as_json)
         if as_json:
             print(json.dumps(answer.to_json()))
         else:
-            _say_sources(answer)
+            say_sources(answer)
 
 
 @app.command()
@@ -163,45 +159,21 @@ def chat(
         linking=linking,
     ) as rag:
         messages: list[dict[str, str]] = []
-        while (words := _read_line()) is not None:
+        while (words := read_line()) is not None:
             messages.append({"role": "user", "content": words})
-            answer = _show(rag.stream(messages, k=k), quiet=as_json)
+            answer = show(rag.stream(messages, k=k), quiet=as_json)
             messages.append({"role": "assistant", "content": answer.text})
             if as_json:
                 print(json.dumps(answer.to_json()), flush=True)
             else:
-                _say_sources(answer)
+                say_sources(answer)
 
 
 @store_app.command()
 def stats(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
     """Documents, chunks, entries and bytes of a store."""
     with _maintained(store) as (index, entries):
-        documents, chunks, tokens = index.counts()
-        numbers = {
-            "documents": documents, "chunks": chunks, "tokens": tokens, "entries": sum(1 for _ in entries.keys()),
-            "bytes": entries.size_bytes(), "max_bytes": entries.max_bytes, "free_bytes": entries.free_bytes(),
-        }  # fmt: skip
-        _say(numbers, as_json)
-
-
-@store_app.command()
-def delete(
-    documents: Annotated[list[str], typer.Argument(help="Ids of documents, as `kvlink store list` prints them.")],
-    store: Store = Path(DEFAULT_STORE),
-    as_json: Json = False,
-) -> None:
-    """Remove documents with their chunks and stored KV."""
-    with _maintained(store) as (index, entries):
-        removed = 0
-        for name in documents:
-            known = name if index.document_digest(name) is not None else str(Path(name).resolve())
-            keys = [chunk.kv_key for chunk in index.chunks_of(known)]
-            removed += index.delete_document(known)
-            entries.delete(index.unreferenced(keys))
-        _say({"deleted": removed}, as_json)
-        if removed < len(documents):
-            raise BadInput(f"{len(documents) - removed} of {len(documents)} documents are not in {store}")
+        say(_maintenance().stats(index, entries), as_json)
 
 
 @store_app.command("list")
@@ -213,12 +185,25 @@ def list_documents(store: Store = Path(DEFAULT_STORE), as_json: Json = False) ->
 
 
 @store_app.command()
+def delete(
+    documents: Annotated[list[str], typer.Argument(help="Ids of documents, as `kvlink store list` prints them.")],
+    store: Store = Path(DEFAULT_STORE),
+    as_json: Json = False,
+) -> None:
+    """Remove documents with their chunks and stored KV."""
+    with _maintained(store) as (index, entries):
+        known = [name if index.document_digest(name) is not None else str(Path(name).resolve()) for name in documents]
+        removed = _maintenance().delete_documents(index, entries, known)
+        say({"deleted": removed}, as_json)
+        if removed < len(documents):
+            raise BadInput(f"{len(documents) - removed} of {len(documents)} documents are not in {store}")
+
+
+@store_app.command()
 def prune(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
     """Delete stored KV that no document refers to, and files that a killed writer left."""
     with _maintained(store) as (index, entries):
-        live = index.live_keys()
-        removed = entries.delete([key for key in entries.keys() if key not in live])
-        _say({"pruned": removed, "swept_files": entries.sweep()}, as_json)
+        say({"pruned": _maintenance().prune(index, entries)}, as_json)
 
 
 @store_app.command()
@@ -226,11 +211,9 @@ def verify(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
     """Check every stored KV; damaged ones are dropped and encoded again when needed."""
     with _maintained(store) as (_, entries):
         sound, dropped = entries.verify()
-        _say({"sound": sound, "dropped": len(dropped)}, as_json)
+        say({"sound": sound, "dropped": len(dropped)}, as_json)
         if dropped:
-            raise KVLinkError(
-                f"{len(dropped)} damaged entries were dropped; the next question or `add` encodes them again"
-            )
+            raise KVLinkError(f"{len(dropped)} damaged entries dropped; the next question or `add` encodes them again")
 
 
 @bench_app.command()
@@ -253,19 +236,17 @@ def ttft(
     _quiet_libraries()
     with notes.status("loading the model"):
         language_model = LanguageModel.load(model, dtype=dtype, device=device)
-    with _progress() as progress:
+    with progress_bar() as progress:
         rows = run_ttft(language_model, lengths, repeats, progress)
     if as_json:
         print(json.dumps(rows))
         return
-    print(
-        f"{'context':>8} {'full':>9} {'linked':>9} {'floor':>9} {'less':>7} {'x floor':>8} {'KV/token':>9} {'encode':>11}"
-    )
+    print("context      full    linked     floor    less  x floor  KV/token      encode")
     for row in rows:
         print(
-            f"{row['context_tokens']:>8} {row['full_s']:>7.3f} s {row['linked_s']:>7.3f} s {row['floor_s']:>7.3f} s "
-            f"{row['reduction']:>6.1%} {row['linked_over_floor']:>8.2f} {row['kv_bytes_per_token'] / 1024:>5.1f} KiB "
-            f"{row['encode_tokens_per_s']:>7,.0f} t/s"
+            f"{row['context_tokens']:>7} {row['full_s']:>7.3f} s {row['linked_s']:>7.3f} s {row['floor_s']:>7.3f} s "
+            f"{row['reduction']:>6.1%} {row['linked_over_floor']:>8.2f} {row['kv_bytes_per_token'] / 1024:>6.1f} KiB "
+            f"{row['encode_tokens_per_s']:>9,.0f}/s"
         )
 
 
@@ -301,8 +282,15 @@ def _loaded(
     with notes.status("loading the models"):
         limits = StoreSettings(max_bytes=max(1, int(max_gib * GIB)))
         rag = KVLinkRAG.load(model, store, embedder=embedder, limits=limits, **options)
+        rag.embedder.warm_up()
     with rag:
         yield rag
+
+
+def _maintenance() -> Any:
+    from kvlink_rag import maintenance
+
+    return maintenance
 
 
 @contextmanager
@@ -334,89 +322,6 @@ def _quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, off when that is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total or None)
-            bar.update(tasks[stage], completed=done, total=total or None)
-
-        yield report
-
-
-def _say_plan(plan: AddPlan) -> None:
-    notes.print(
-        f"{plan.documents} documents ({plan.unchanged_documents} unchanged), {plan.chunks} chunks; {plan.chunks_to_encode} "
-        f"to encode: {plan.tokens_to_encode:,} tokens, about {plan.expected_bytes / 2**20:,.1f} MiB "
-        f"({plan.free_bytes / 2**30:,.1f} GiB free)",
-        soft_wrap=True,
-    )
-
-
-def _show(pieces: Iterator[Any], *, quiet: bool) -> Answer:
-    answer = None
-    for piece in pieces:
-        if not quiet:
-            print(piece.text, end="", flush=True)
-        answer = piece.answer
-    if not quiet:
-        print(flush=True)
-    assert answer is not None
-    return answer  # type: ignore[no-any-return]
-
-
-def _say_sources(answer: Answer) -> None:
-    for source in answer.sources:
-        chunk, score = source.hit.chunk, source.hit.score
-        how = "reused" if source.reused else "computed"
-        shown = f"{score:.2f}" if score is not None else "    "
-        notes.print(
-            f"  {shown}  {_short(chunk.document_id)} #{chunk.position}  {source.num_tokens} tokens, {how}",
-            style="dim", markup=False, soft_wrap=True,
-        )  # fmt: skip
-    if answer.left_out:
-        notes.print(
-            f"  {len(answer.left_out)} retrieved chunks left out: the model's window has no room for them",
-            style="yellow", soft_wrap=True,
-        )  # fmt: skip
-    if answer.finish_reason == "length":
-        notes.print("  (cut off at --max-new-tokens)", style="yellow")
-    tokens = answer.tokens
-    notes.print(
-        f"  first token after {answer.timings.ttft_s:.2f} s; {tokens.reused} tokens reused, {tokens.computed} computed",
-        style="dim", soft_wrap=True,
-    )  # fmt: skip
-
-
-def _short(document_id: str) -> str:
-    """A path below the working folder without that folder."""
-    path, here = Path(document_id), Path.cwd()
-    return str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else document_id
-
-
-def _say(numbers: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(numbers))
-        return
-    for name, value in numbers.items():
-        print(f"{name:>12}  {value:,}")
-
-
-def _read_line() -> str | None:
-    try:
-        words = input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
-    return words.strip() or None
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def _is_whole(folder: Path) -> bool:
         digest = file_digest(folder / "model.safetensors", cache_folder() / "digests.json")
     except (OSError, ValueError):
         return False
-    return receipt == {"gguf": GGUF_DIGEST, "weights": digest}
+    return bool(receipt == {"gguf": GGUF_DIGEST, "weights": digest})
 
 
 def _package_folder(package: str, pip_line: str) -> Path:

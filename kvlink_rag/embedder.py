@@ -47,6 +47,10 @@ class Embedder:
             return f"hub:{self.name}"
         return folder_digest(self._folder, ("*.safetensors", "*.json", "*.txt"), cache_folder() / "digests.json")
 
+    def warm_up(self) -> None:
+        """Read the weights now, so that the first question need not wait for them."""
+        self.embed(["warm up"])
+
     @property
     def max_tokens(self) -> int:
         """Tokens of its own that the model reads of a text; the rest is cut off."""

@@ -95,8 +95,8 @@ class Ingestion:
             on_plan(plan)
         if plan.expected_bytes > plan.free_bytes:
             raise StoreFull(
-                f"{plan.chunks_to_encode} chunks need about {plan.expected_bytes:,} bytes, {plan.free_bytes:,} are free "
-                "within the store's budget and the disk; raise the budget, delete documents, or encode on first use"
+                f"{plan.chunks_to_encode} chunks need about {plan.expected_bytes:,} bytes, {plan.free_bytes:,} are "
+                "free within the store's budget and the disk; raise it, delete documents, or encode on first use"
             )
         written = self._run(works, to_encode, report)
         self._index.save()

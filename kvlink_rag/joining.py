@@ -31,7 +31,7 @@ class LinkRequest:
 
 
 def join(request: LinkRequest, links_behind: list[Tensor]) -> Context:
-    """Place prefix and chunks, leave a gap of links_behind[i] [K, hidden] behind chunk i, and pend all that is computed."""
+    """Place prefix and chunks, with links_behind[i] [K, hidden] behind chunk i, and pend all that is computed."""
     model, prompt = request.model, request.prompt
     assert request.prefix_kv is not None
     num_links = sum(links.shape[0] for links in links_behind)

@@ -51,7 +51,7 @@ class LinkTokens:
         if about.get("base_weights") != model.weights:
             raise CheckpointMismatch(
                 f"{folder} was trained for base weights {str(about.get('base_weights'))[:12]}, this model "
-                f"{model.name!r} has {model.weights[:12]}; load the model it was trained on, or train links for this one"
+                f"{model.name!r} has {model.weights[:12]}; load the model it was trained on, or train links anew"
             )
         if embeddings.ndim != 3 or embeddings.shape[2] != model.hidden_size:
             raise CheckpointMismatch(

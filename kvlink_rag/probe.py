@@ -94,7 +94,8 @@ def prove(model: Any, forward: Forward) -> Proof:
         if error > tolerance or next_error < MARGIN * error:
             raise UnsupportedModel(
                 f"{name}: the keys of layer {layer} do not turn with the position in a known way "
-                f"(relative error {error:.2g}, allowed {tolerance:g}; next best {next_error:.2g}); stored KV of this model cannot be moved"
+                f"(relative error {error:.2g}, allowed {tolerance:g}; next best {next_error:.2g}); "
+                "stored KV of this model cannot be moved"
             )
         groups.setdefault(found, []).append(layer)
     if set(groups) == {None}:
@@ -135,8 +136,8 @@ def _run(name: str, config: Any, forward: Forward, ids: Tensor, offset: int) -> 
     layers = [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
     if len(layers) != config.num_hidden_layers or any(keys.shape[-2] != ids.shape[1] for keys, _ in layers):
         raise UnsupportedModel(
-            f"{name} keeps attention KV in {len(layers)} of its {config.num_hidden_layers} layers (recurrent layers, or "
-            "layers that share KV); stored KV of this model cannot be joined"
+            f"{name} keeps attention KV in {len(layers)} of its {config.num_hidden_layers} layers (recurrent layers, "
+            "or layers that share KV); stored KV of this model cannot be joined"
         )
     if len({(keys.shape, values.shape) for keys, values in layers}) != 1:
         raise UnsupportedModel(f"{name} has KV of different sizes in different layers; this is not supported yet")
@@ -212,7 +213,7 @@ def _find_rotation(
     offset: int,
     candidates: list[tuple[int, Angles, list[Pairing]]],
 ) -> tuple[tuple[int, Pairing] | None, float, float]:
-    """The rotation that maps keys at `positions` onto those `offset` further, its relative error, and the next best one."""
+    """The rotation that maps keys at `positions` onto those `offset` further, its relative error, the next best one."""
     trials: list[tuple[float, tuple[int, Pairing] | None]] = [(_error(near, far), None)]
     near, far = near.float(), far.float()
     for index, angles, pairings in candidates:

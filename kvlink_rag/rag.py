@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from typing_extensions import Unpack
 
+from kvlink_rag import maintenance
 from kvlink_rag.chunking import chunk_text
 from kvlink_rag.config import DEFAULT_STORE, DEFAULT_SYSTEM, ChunkSettings, GenerationSettings, StoreSettings
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
@@ -133,8 +134,9 @@ class KVLinkRAG:
     ) -> AddReport:
         """Add documents: files, folders, texts or Documents; each is read by the model once.
 
-        A document whose id is known is updated; unchanged chunks are not encoded again. With encode="on-first-use" only the
-        index is filled. on_plan is told what will be done before anything is written; progress gets (stage, done, total).
+        A document whose id is known is updated; unchanged chunks are not encoded again. With encode="on-first-use"
+        only the index is filled. on_plan is told what will be done before anything is written; progress gets
+        (stage, done, total).
         Raises BadInput and StoreFull with nothing written; interrupted, the next `add` finishes the job.
         """
         items: list[str | Path | Document] = []
@@ -148,11 +150,7 @@ class KVLinkRAG:
 
     def delete(self, *document_ids: str) -> int:
         """Remove documents, their chunks and all KV that no other document shares; how many there were."""
-        removed = 0
-        for document_id in document_ids:
-            keys = [chunk.kv_key for chunk in self.index.chunks_of(document_id)]
-            removed += self.index.delete_document(document_id)
-            self.entries.delete(self.index.unreferenced(keys))
+        removed = maintenance.delete_documents(self.index, self.entries, document_ids)
         self.index.save()
         return removed
 
@@ -191,9 +189,9 @@ class KVLinkRAG:
     ) -> Iterator[Piece]:
         """Answer piece by piece; the last piece carries the whole `Answer`.
 
-        question: a text, or chat messages ({"role", "content"}) of which the last is the user's. documents: what to answer
-        from, best first, instead of retrieving k chunks; [] answers from none. Chunks beyond the model's window are left out,
-        lowest-scored first, and named in the answer. Raises BadInput and PromptTooLong.
+        question: a text, or chat messages ({"role", "content"}) of which the last is the user's. documents: what to
+        answer from, best first, instead of retrieving k chunks; [] answers from none. Chunks beyond the model's window
+        are left out, lowest-scored first, and named in the answer. Raises BadInput and PromptTooLong.
         """
         started = time.perf_counter()
         settings = GenerationSettings(
@@ -263,27 +261,12 @@ class KVLinkRAG:
 
     def stats(self) -> dict[str, Any]:
         """Numbers about the store, and what this process read from it."""
-        documents, chunks, tokens = self.index.counts()
-        counters = self.entries.counters
-        return {
-            "documents": documents,
-            "chunks": chunks,
-            "tokens": tokens,
-            "entries": sum(1 for _ in self.entries.keys()),
-            "bytes": self.entries.size_bytes(),
-            "max_bytes": self.entries.max_bytes,
-            "hits": counters.hits,
-            "misses": counters.misses,
-            "quarantined": counters.quarantined,
-            "fingerprint": self.encoder.fingerprint,
-        }
+        counters = asdict(self.entries.counters)
+        return {**maintenance.stats(self.index, self.entries), **counters, "fingerprint": self.encoder.fingerprint}
 
     def prune(self) -> int:
         """Delete every KV that no indexed chunk refers to (of other models too); how many there were."""
-        live = self.index.live_keys()
-        removed = self.entries.delete([key for key in self.entries.keys() if key not in live])
-        self.entries.sweep()
-        return removed
+        return maintenance.prune(self.index, self.entries)
 
     def verify(self) -> tuple[int, int]:
         """Check every stored KV and drop the damaged ones; (sound, dropped). They are encoded again when needed."""
@@ -310,8 +293,8 @@ class KVLinkRAG:
             self.index.set_meta("embedder", self.embedder.digest)
         elif known is not None and known != self.embedder.digest:
             raise NotAStore(
-                f"the vectors in {self.folder} were made by another embedder than {self.embedder.name!r}; load that one, "
-                "or add the documents to a new store"
+                f"the vectors in {self.folder} were made by another embedder than {self.embedder.name!r}; "
+                "load that one, or add the documents to a new store"
             )
 
     def _fitting(self, token_ids: list[tuple[int, ...]], num_scaffold: int, num_links: int, room: int) -> list[int]:
@@ -320,8 +303,8 @@ class KVLinkRAG:
         left = window - num_scaffold - room
         if left < 0:
             raise PromptTooLong(
-                f"question, history and system message have {num_scaffold} tokens, the answer may have {room} more, and the "
-                f"model's window is {window}; shorten them or lower max_new_tokens"
+                f"question, history and system message have {num_scaffold} tokens, the answer may have {room} more, "
+                f"and the model's window is {window}; shorten them or lower max_new_tokens"
             )
         kept = []
         for place, ids in enumerate(token_ids):

@@ -24,7 +24,7 @@ class TextTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UnsupportedModel(
-                f"tokenizer {type(tokenizer).__name__} has no `tokenizers` backend; save a fast tokenizer beside the model"
+                f"tokenizer {type(tokenizer).__name__} has no `tokenizers` backend; save a fast one with the model"
             )
         self.hf = tokenizer
         added = tokenizer.added_tokens_decoder
