@@ -68,10 +68,7 @@ def prove(model: Any, forward: Forward) -> Proof:
     config = model.config.get_text_config()
     name = type(model).__name__
     _refuse_layer_types(name, config)
-    if not getattr(config, "max_position_embeddings", None):
-        raise UnsupportedModel(
-            f"{name} has no max_position_embeddings (ALiBi or a recurrent model): only RoPE is served"
-        )
+    _refuse_without_rotary(name, model, config)
     max_positions = int(config.max_position_embeddings)
     offset = max(1, min(1013, _proven_length(config) - NUM_PROBE_TOKENS) // 2)
     ids = (torch.arange(NUM_PROBE_TOKENS) * 7919 % (config.vocab_size - 1) + 1)[None].to(model.device)
@@ -83,8 +80,8 @@ def prove(model: Any, forward: Forward) -> Proof:
     for layer, ((_, value_near), (_, value_far)) in enumerate(zip(near, far, strict=True)):
         if _error(value_near, value_far) > tolerance:
             raise UnsupportedModel(
-                f"{name}: the values of layer {layer} depend on the position (learned position embeddings, multi-head "
-                "latent attention or a recurrent state); stored KV of this model cannot be moved"
+                f"{name}: what layer {layer} keeps as values depends on the position (multi-head latent attention, or "
+                "a recurrent state); stored KV of this model cannot be moved"
             )
     positions = torch.arange(NUM_PROBE_TOKENS, device=model.device)
     groups: dict[tuple[int, Pairing] | None, list[int]] = {}
@@ -121,6 +118,21 @@ def _refuse_layer_types(name: str, config: Any) -> None:
             f"{name} has layers of type {', '.join(others)}: only full and sliding-window attention can be joined from "
             "stored KV (recurrent, convolutional and chunked layers keep a state that cannot)"
         )
+
+
+def _refuse_without_rotary(name: str, model: Any, config: Any) -> None:
+    modules = list(model.modules())
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and any("Rotary" in type(module).__name__ for module in modules):
+        return
+    tables = [module.num_embeddings for module in modules if isinstance(module, torch.nn.Embedding)]
+    is_learned = limit and any(limit <= size <= limit + 8 for size in tables)
+    how = (
+        "learned position embeddings"
+        if is_learned
+        else "no rotary embedding (ALiBi, a recurrent state, or a fixed table)"
+    )
+    raise UnsupportedModel(f"{name} has {how}: only models with RoPE can have their stored KV moved")
 
 
 def _run(name: str, config: Any, forward: Forward, ids: Tensor, offset: int) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,56 @@
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def embedder():
+    """The real default embedder."""
+    from kvlink_rag import Embedder
+
+    return Embedder()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A tiny random Llama in float32."""
+    from tiny_models import build
+
+    return build("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    """The real default model, in the precision this machine gives it."""
+    from kvlink_rag import LanguageModel
+
+    return LanguageModel.load()
+
+
+@pytest.fixture
+def open_rag(tiny, embedder, tmp_path):
+    """Opens the same store as often as a test likes, as restarts do; closes all of them at the end."""
+    from kvlink_rag import KVLinkRAG
+
+    opened = []
+
+    def open_(model=None, store=tmp_path / "store", **options):
+        rag = KVLinkRAG(model or tiny, embedder, store, **options)
+        opened.append(rag)
+        return rag
+
+    yield open_
+    for rag in opened:
+        rag.close()
+
+
+@pytest.fixture
+def rag(open_rag):
+    return open_rag()

@@ -1,0 +1,86 @@
+"""The house: arrows point down, nothing heavy loads early, no file outgrows its idea."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvlink_rag
+
+PACKAGE = Path(kvlink_rag.__file__).parent
+# Lower layers first; a module may import from layers below its own, never beside or above.
+LAYERS = [
+    ["errors"],
+    ["config", "types"],
+    ["kv", "rope", "tokens", "recipe", "chunking", "loading"],
+    ["default_models", "prompt", "store.entry", "probe", "attention", "context"],
+    ["embedder", "model", "store.codec", "store.kvdisk", "store.folder"],
+    ["encoding", "links", "index", "store.kv_store", "store.disk"],
+    ["joining", "generation", "ingestion", "maintenance"],
+    ["linking.full", "linking.plain", "linking.link_tokens"],
+    ["linking"],
+    ["rag"],
+    ["evaluation.answers", "evaluation.ttft"],
+    ["console"],
+    ["cli"],
+]
+RANK = {f"kvlink_rag.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent.name == "linking")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path):
+    own = RANK[module_name(path)]
+    tree = ast.parse(path.read_text("utf-8"))
+    type_only = {node for block in ast.walk(tree) if _is_type_checking(block) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in type_only and (node.module or "").startswith("kvlink_rag"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for target in {name if name in RANK else node.module for name in names}:
+                assert target == "kvlink_rag" or RANK[target] < own, f"{module_name(path)} imports {target}"
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_no_file_outgrows_400_lines(path):
+    assert len(path.read_text("utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_no_way_to_run_foreign_code(path):
+    """No pickle, no eval, no trust in remote code, anywhere in the package."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & {"pickle", "dill", "marshal", "shelve", "joblib"}
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "torch.load", "yaml.load", "faiss.read_index"), name
+            assert all(keyword.arg != "trust_remote_code" for keyword in node.keywords)
+
+
+def test_importing_loads_nothing_heavy():
+    code = (
+        "import kvlink_rag, kvlink_rag.cli, sys; "
+        "print([m for m in ('torch', 'transformers', 'faiss', 'sentence_transformers', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_are_sorted_and_there():
+    assert kvlink_rag.__all__ == sorted(kvlink_rag.__all__, key=lambda name: (name[0].islower(), name))
+    for name in kvlink_rag.__all__:
+        assert getattr(kvlink_rag, name) is not None
