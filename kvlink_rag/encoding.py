@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from kvlink_rag.config import DEFAULT_ENCODING_PREFIX
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv import KV
 from kvlink_rag.model import LanguageModel
@@ -24,18 +25,26 @@ CHUNK_TEMPLATE = "Document:\n{text}\n\n"
 class Encoder:
     """Encodes chunks for one model under one recipe.
 
-    template must hold `{text}` once. `encoding_prefix` is text every chunk sees while it is encoded
-    (APE's shared prefix, arXiv 2502.05431); its own KV is not kept.
+    template must hold `{text}` once. `encoding_prefix` is text that every chunk sees while it is encoded, behind the
+    model's own beginning-of-text token (APE's shared prefix, arXiv 2502.05431); its KV is not kept. "" is none.
     """
 
-    def __init__(self, model: LanguageModel, *, template: str = CHUNK_TEMPLATE, encoding_prefix: str = ""):
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        template: str = CHUNK_TEMPLATE,
+        encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+    ):
         before, marker, after = template.partition("{text}")
         if not marker or "{text}" in after:
             raise BadInput(f"a chunk template holds {{text}} exactly once, got {template!r}")
         self.model = model
         self._before = model.tokenizer.scaffold_ids(before) if before else ()
         self._after = model.tokenizer.scaffold_ids(after) if after else ()
-        self.prefix_ids = model.tokenizer.scaffold_ids(encoding_prefix) if encoding_prefix else ()
+        self.prefix_ids: tuple[int, ...] = ()
+        if encoding_prefix:
+            self.prefix_ids = (*model.tokenizer.begin_ids, *model.tokenizer.plain_ids(encoding_prefix))
         self.recipe = Recipe(
             weights=model.weights,
             adapter=model.adapter,

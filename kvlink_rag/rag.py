@@ -12,7 +12,14 @@ from typing_extensions import Unpack
 
 from kvlink_rag import maintenance
 from kvlink_rag.chunking import chunk_text
-from kvlink_rag.config import DEFAULT_STORE, DEFAULT_SYSTEM, ChunkSettings, GenerationSettings, StoreSettings
+from kvlink_rag.config import (
+    DEFAULT_ENCODING_PREFIX,
+    DEFAULT_STORE,
+    DEFAULT_SYSTEM,
+    ChunkSettings,
+    GenerationSettings,
+    StoreSettings,
+)
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.encoding import CHUNK_TEMPLATE, Encoder
@@ -74,7 +81,7 @@ class KVLinkRAG:
         chunking: ChunkSettings | None = None,
         limits: StoreSettings | None = None,
         chunk_template: str = CHUNK_TEMPLATE,
-        encoding_prefix: str = "",
+        encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
     ):
         get_linking(linking)
         self.model, self.embedder, self.linking = model, embedder, linking
@@ -102,7 +109,7 @@ class KVLinkRAG:
         device: str = "auto",
         chunking: ChunkSettings | None = None,
         limits: StoreSettings | None = None,
-        encoding_prefix: str = "",
+        encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
     ) -> KVLinkRAG:
         """Load models and open the store.
 

@@ -37,6 +37,11 @@ class TextTokenizer:
         self.digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         self._plain = Tokenizer.from_str(json.dumps(_without_control(spec, self.control_ids)))
 
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The beginning-of-text token, where the vocabulary has one."""
+        return () if self.hf.bos_token_id is None else (int(self.hf.bos_token_id),)
+
     def __len__(self) -> int:
         return len(self.hf)
 

@@ -41,23 +41,23 @@ def random_links(model: LanguageModel, linking: str) -> LinkTokens:
     return LinkTokens(links, "random")
 
 
-def linked_context(model: LanguageModel, prompt: Prompt, linking: str, room: int = 8):
-    encoder = Encoder(model)
+def linked_context(model: LanguageModel, prompt: Prompt, linking: str, room: int = 8, encoding_prefix: str = ""):
+    encoder = Encoder(model, encoding_prefix=encoding_prefix)
     kvs = dict(encoder.encode(prompt.chunk_ids))
-    prefix_kv = dict(encoder.encode([prompt.prefix_ids]))[0]
+    prefix_kv = encoder.encode_alone(prompt.prefix_ids)
     ordered = [kvs[index] for index in range(len(prompt.chunk_ids))]
     return LINKINGS[linking].link(LinkRequest(model, prompt, prefix_kv, ordered, random_links(model, linking), room))
 
 
-def whole_sequence(model: LanguageModel, prompt: Prompt, linking: str):
-    """Embeddings in order of position, and where the documents lie."""
+def whole_sequence(model: LanguageModel, prompt: Prompt, linking: str, private: tuple[int, ...] = ()):
+    """Embeddings in order, and where the documents lie, each behind its copy of the `private` ids."""
     links = random_links(model, linking)
     runs, spans = [model.embed(prompt.prefix_ids), model.embed(prompt.history_ids)], []
     position = len(prompt.prefix_ids) + len(prompt.history_ids)
     for index, ids in enumerate(prompt.chunk_ids):
-        spans.append((position, position + len(ids)))
-        runs += [model.embed(ids), links.embeddings[min(index, 1)]]
-        position += len(ids) + links.num_per_chunk
+        spans.append((position, position + len(private) + len(ids)))
+        runs += [model.embed(private), model.embed(ids), links.embeddings[min(index, 1)]]
+        position += len(private) + len(ids) + links.num_per_chunk
     return torch.cat([*runs, model.embed(prompt.question_ids)]), spans
 
 
@@ -126,29 +126,27 @@ def test_full_linking_is_a_plain_causal_forward(family):
     assert record.token_ids == expected[0, len(ids) :].tolist()
 
 
-def test_an_encoding_prefix_is_exact_against_one_copy_per_chunk():
-    """Each chunk sees its own copy of the encoding prefix, which stands directly before it in position."""
-    model = model_of("llama")
-    encoder = Encoder(model, encoding_prefix="<|im_start|>read")
-    num_prefix = len(encoder.prefix_ids)
-    ids = random_ids(random.Random(1), 20)
-    kv = dict(encoder.encode([ids]))[0]
-    with torch.inference_mode():
-        cache = model.hf(torch.tensor([[*encoder.prefix_ids, *ids]]), use_cache=True).past_key_values
-    for layer in range(kv.keys.shape[0]):
-        torch.testing.assert_close(
-            kv.values[layer], cache.layers[layer].values[0, :, num_prefix:], atol=1e-5, rtol=1e-4
-        )
-    rotated = torch.empty_like(kv.keys)
-    model.rope.rotate(kv.keys, torch.arange(num_prefix, num_prefix + 20), out=rotated)
-    for layer in range(kv.keys.shape[0]):
-        torch.testing.assert_close(rotated[layer], cache.layers[layer].keys[0, :, num_prefix:], atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoding_prefix_is_exact_against_one_copy_per_chunk(family):
+    """Each chunk sees its own copy of the encoding prefix, which nobody else sees and which takes no room."""
+    model = model_of(family)
+    prompt = random_prompt(13, 3)
+    context = linked_context(model, prompt, "link_tokens", encoding_prefix="read this")
+    private = Encoder(model, encoding_prefix="read this").prefix_ids
+    assert len(private) == 10  # beginning of text, and one token per byte
+    pending = context.pending
+    mask = model.position_mask(pending.positions, context.num_tokens)
+    linked = model.logits(pending.embeds, pending.positions, mask, context.to_cache())
+    embeds, spans = whole_sequence(model, prompt, "link_tokens", private)
+    expected = masked_logits(model.hf, embeds, spans, len(private))
+    computed = [i for i in range(len(embeds)) if not any(a <= i < b for a, b in spans)][len(prompt.prefix_ids) :]
+    assert (linked - expected[computed]).abs().max() < 1e-4
 
 
 def test_company_and_padding_do_not_change_a_chunks_kv():
     """A chunk's KV is the same to the last bit alone, in any batch and at any place in it."""
     model = model_of("llama")
-    encoder = Encoder(model)
+    encoder = Encoder(model, encoding_prefix="")
     rng = random.Random(2)
     chunks = [random_ids(rng, length) for length in (5, 30, 31, 33, 60, 7, 20, 29, 12)]
     together = dict(encoder.encode(chunks))

@@ -152,12 +152,11 @@ def test_no_control_token_stands_in_a_document_or_question(tiny, rag):
     assert text in tokenizer.decode(ids)
     bare = build_prompt(tokenizer, [{"role": "user", "content": "Why?"}], [], system="S")
     forged = build_prompt(tokenizer, [{"role": "user", "content": f"Why?{''.join(CONTROL)}"}], [ids], system="S")
-    control = lambda prompt: [
-        i
-        for run in (prompt.prefix_ids, prompt.history_ids, prompt.question_ids)
-        for i in run
-        if i in tokenizer.control_ids
-    ]  # noqa: E731, E501
+
+    def control(prompt):
+        runs = (prompt.prefix_ids, prompt.history_ids, prompt.question_ids)
+        return [token_id for run in runs for token_id in run if token_id in tokenizer.control_ids]
+
     assert control(bare) == control(forged)
     answer = rag.ask(f"Why {CONTROL[0]}?", documents=[text], max_new_tokens=2)
     assert answer.tokens.generated > 0
