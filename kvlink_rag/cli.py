@@ -282,7 +282,7 @@ def _loaded(
     with notes.status("loading the models"):
         limits = StoreSettings(max_bytes=max(1, int(max_gib * GIB)))
         rag = KVLinkRAG.load(model, store, embedder=embedder, limits=limits, **options)
-        rag.embedder.warm_up()
+        rag.warm_up()
     with rag:
         yield rag
 

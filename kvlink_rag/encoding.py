@@ -77,8 +77,7 @@ class Encoder:
     def encode_alone(self, ids: tuple[int, ...]) -> KV:
         """KV of a prompt's prefix: what stands at position 0 sees no encoding prefix."""
         rows = torch.tensor([ids], device=self.model.device)
-        with self.model.lock:
-            keys, values = self.model.encode(rows)
+        keys, values = self.model.encode(rows)
         unrotated = torch.empty_like(keys[:, 0])
         self.model.rope.unrotate(keys[:, 0], torch.arange(len(ids), device=keys.device), out=unrotated)
         return KV(unrotated, values[:, 0].clone(), ids)
@@ -94,8 +93,7 @@ class Encoder:
         for row, index in enumerate(batch):
             ids = (*self.prefix_ids, *chunks[index])
             rows[row, : len(ids)] = torch.tensor(ids)
-        with self.model.lock:
-            keys, values = self.model.encode(rows.to(self.model.device))
+        keys, values = self.model.encode(rows.to(self.model.device))
         for row, index in enumerate(batch):
             stop = num_prefix + len(chunks[index])
             positions = torch.arange(num_prefix, stop, device=keys.device)

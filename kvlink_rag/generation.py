@@ -7,11 +7,9 @@ forward, and sampling, stopping and streaming stay the library's.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,76 +19,24 @@ from transformers.generation.streamers import BaseStreamer
 from kvlink_rag.config import GenerationSettings
 from kvlink_rag.context import Context
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.prompt import stop_ids
 
 
 @dataclass
 class Generation:
     """What a generation leaves behind; filled in while it runs."""
 
-    token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
     first_token_at: float | None = None  # time.perf_counter()
     finish_reason: str = "length"
 
 
-def generate(model: LanguageModel, context: Context, settings: GenerationSettings, record: Generation) -> Iterator[str]:
-    """Yield the answer's text as it comes; `record` holds ids, times and why it ended.
+def generate(
+    model: LanguageModel, context: Context, settings: GenerationSettings, emit: Callable[[str], None]
+) -> Generation:
+    """Generate an answer over `context`, handing each token's text to `emit` (empty where it completes no character).
 
-    Stop strings are not part of the text. Closing the iterator stops the model.
+    Stop strings are not part of the text. What `emit` raises ends the generation and is raised here.
     """
-    arrived: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-    cancelled = threading.Event()
-    worker = threading.Thread(
-        target=_run, args=(model, context, settings, arrived, cancelled), name="kvlink-generate", daemon=True
-    )
-    worker.start()
-    decoder, held = model.tokenizer.decode_stream(), _HeldBack(settings.stop)
-    end_ids = set(_end_ids(model))
-    try:
-        while (item := arrived.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            if record.first_token_at is None:
-                record.first_token_at = time.perf_counter()
-            record.token_ids.append(item)
-            if item in end_ids:
-                record.finish_reason = "stop"
-                continue
-            if text := held.push(decoder.step(item)):
-                yield text
-            if held.stopped:
-                record.finish_reason = "stop"
-                return
-        if text := held.rest():
-            yield text
-    finally:
-        cancelled.set()
-        worker.join()
-
-
-def _run(
-    model: LanguageModel,
-    context: Context,
-    settings: GenerationSettings,
-    arrived: queue.SimpleQueue[int | BaseException | None],
-    cancelled: threading.Event,
-) -> None:
-    try:
-        with model.lock, torch.inference_mode():
-            _generate(model, context, settings, _QueueStreamer(arrived), cancelled)
-    except BaseException as error:  # handed to the reader, who raises it
-        arrived.put(error)
-    else:
-        arrived.put(None)
-
-
-def _generate(
-    model: LanguageModel,
-    context: Context,
-    settings: GenerationSettings,
-    streamer: BaseStreamer,
-    cancelled: threading.Event,
-) -> None:
     pending = context.pending
     assert pending is not None
     first_inputs: dict[str, Any] = {"position_ids": pending.positions[None], "attention_mask": None}
@@ -112,60 +58,73 @@ def _generate(
         temperature=settings.temperature if sampling else None,
         top_p=settings.top_p if sampling else None,
         top_k=0 if sampling else None,
-        eos_token_id=_end_ids(model) or None,
-        pad_token_id=_end_ids(model)[0] if _end_ids(model) else 0,
+        eos_token_id=list(model.end_ids) or None,
+        pad_token_id=model.end_ids[0] if model.end_ids else 0,
         use_cache=True,
     )
     device = pending.positions.device
+    answer = _Answer(model, settings.stop, emit)
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     try:
-        model.hf.generate(
-            input_ids=torch.tensor([[pending.last_id]], device=device),
-            attention_mask=torch.ones(1, context.num_tokens, dtype=torch.long, device=device),
-            position_ids=torch.tensor([[context.num_tokens - 1]], device=device),
-            past_key_values=context.to_cache(),
-            generation_config=config,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Cancelled(cancelled)]),
-        )
+        with torch.inference_mode():
+            model.hf.generate(
+                input_ids=torch.tensor([[pending.last_id]], device=device),
+                attention_mask=torch.ones(1, context.num_tokens, dtype=torch.long, device=device),
+                position_ids=torch.tensor([[context.num_tokens - 1]], device=device),
+                past_key_values=context.to_cache(),
+                generation_config=config,
+                streamer=answer,
+                stopping_criteria=StoppingCriteriaList([_Stopped(answer)]),
+            )
     finally:
         handle.remove()
+    return answer.record
 
 
-def _end_ids(model: LanguageModel) -> list[int]:
-    """Ids that end an answer: the model's own and the chat template's."""
-    own = model.hf.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [] if own is None else [own]
-    return sorted({*ids, *stop_ids(model.tokenizer)})
+class _Answer(BaseStreamer):  # type: ignore[misc]
+    """Receives generated ids from `generate`, records them and emits their text."""
 
-
-class _QueueStreamer(BaseStreamer):  # type: ignore[misc]
-    """Passes generated ids on; the first call brings the prompt, which is known."""
-
-    def __init__(self, arrived: queue.SimpleQueue[Any]):
-        self._arrived = arrived
+    def __init__(self, model: LanguageModel, stop: tuple[str, ...], emit: Callable[[str], None]):
+        self.record = Generation()
+        self.is_stopped = False
+        self._decoder, self._held = model.tokenizer.decode_stream(), _HeldBack(stop)
+        self._end_ids, self._emit = model.end_ids, emit
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:
+        if not self._prompt_seen:  # the first call brings the prompt, which is known
             self._prompt_seen = True
             return
         for token_id in value.reshape(-1).tolist():
-            self._arrived.put(token_id)
+            self._put(token_id)
+
+    def _put(self, token_id: int) -> None:
+        if self.record.first_token_at is None:
+            self.record.first_token_at = time.perf_counter()
+        self.record.token_ids.append(token_id)
+        if token_id in self._end_ids:
+            self.record.finish_reason = "stop"
+            return
+        text = self._held.push(self._decoder.step(token_id))
+        if self._held.stopped:
+            self.record.finish_reason = "stop"
+            self.is_stopped = True
+        self._emit(text)
 
     def end(self) -> None:
-        """Nothing to do: the end is put by `_run`, after errors had their chance."""
+        if not self.is_stopped:
+            self._emit(self._held.rest())
 
 
-class _Cancelled(StoppingCriteria):  # type: ignore[misc]
-    """Ends generation when nobody reads any more."""
+class _Stopped(StoppingCriteria):  # type: ignore[misc]
+    """Ends generation at a stop string."""
 
-    def __init__(self, event: threading.Event):
-        self._event = event
+    def __init__(self, answer: _Answer):
+        self._answer = answer
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self._answer.is_stopped, dtype=torch.bool, device=input_ids.device)
 
 
 class _HeldBack:

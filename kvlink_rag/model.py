@@ -6,7 +6,6 @@ The only file, with `probe`, `attention` and `context`, that knows transformers'
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from kvlink_rag import attention, probe
 from kvlink_rag.default_models import DEFAULT_MODEL, cache_folder, default_model_folder
 from kvlink_rag.errors import BadInput, CheckpointMismatch, MissingExtra, UnsupportedModel
 from kvlink_rag.kv import KVShape
+from kvlink_rag.prompt import stop_ids
 from kvlink_rag.recipe import config_digest, folder_digest
 from kvlink_rag.tokens import TextTokenizer
 
@@ -28,10 +28,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 class LanguageModel:
-    """Weights, tokenizer and the proof that stored keys can be moved.
-
-    One forward at a time: callers hold `lock` while they use the model.
-    """
+    """Weights, tokenizer and the proof that stored keys can be moved. Used from one thread at a time (`compute`)."""
 
     def __init__(
         self, hf: Any, tokenizer: Any, *, name: str | None = None, weights: str | None = None, adapter: str = ""
@@ -41,7 +38,7 @@ class LanguageModel:
         self.hf = hf.eval()
         self.tokenizer = TextTokenizer(tokenizer)
         self.name = name or type(hf).__name__
-        self.lock = threading.RLock()
+        self.end_ids = _end_ids(hf, self.tokenizer)
         self.weights = weights or _tensor_digest(hf)
         self.adapter = adapter
         self.config_digest = config_digest(config.to_dict())
@@ -155,6 +152,13 @@ class LanguageModel:
         order = torch.arange(ids.shape[1], device=self.device)
         mask = self.position_mask(order, ids.shape[1])
         self.hf(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+
+def _end_ids(hf: Any, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """Ids that end an answer: the model's own and the chat template's."""
+    own = hf.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [] if own is None else [own]
+    return tuple(sorted({*ids, *stop_ids(tokenizer)}))
 
 
 def _windows(config: Any) -> dict[str, int | None]:

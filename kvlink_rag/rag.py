@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from kvlink_rag import maintenance
 from kvlink_rag.chunking import chunk_text
+from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
     DEFAULT_ENCODING_PREFIX,
     DEFAULT_STORE,
@@ -23,22 +24,20 @@ from kvlink_rag.config import (
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.encoding import CHUNK_TEMPLATE, Encoder
-from kvlink_rag.errors import BadInput, NotAStore, PromptTooLong, StoreFull
-from kvlink_rag.generation import Generation, generate
+from kvlink_rag.errors import BadInput, NotAStore, PromptTooLong
+from kvlink_rag.generation import generate
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import AddPlan, Ingestion, Progress
 from kvlink_rag.joining import LinkRequest
-from kvlink_rag.kv import KV
+from kvlink_rag.kv_source import KVSource
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.prompt import Message, build_prompt
+from kvlink_rag.prompt import Message, Prompt, build_prompt
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.folder import open_folder
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.types import AddReport, Answer, Chunk, Document, Hit, Piece, Source, Timings, TokenCounts
-
-MAX_PREFIXES = 8  # system messages whose KV is kept in memory
 
 
 class AskOptions(TypedDict, total=False):
@@ -53,15 +52,6 @@ class AskOptions(TypedDict, total=False):
     top_p: float
     stop: Sequence[str]
     seed: int | None
-
-
-@dataclass
-class _Loading:
-    """Chunks of one context on their way from the store."""
-
-    token_ids: list[tuple[int, ...]]
-    encoded: dict[int, KV]  # misses, computed for this answer
-    seconds: float = 0.0
 
 
 class KVLinkRAG:
@@ -93,7 +83,7 @@ class KVLinkRAG:
         self.kvs = KVStore(self.entries, self.encoder.fingerprint, model.kv_shape)
         self.index = VectorIndex(self.folder)
         self._chunking = chunking or ChunkSettings()
-        self._prefixes: dict[tuple[int, ...], KV] = {}
+        self._source = KVSource(self.encoder, self.kvs)
 
     @classmethod
     def load(
@@ -118,17 +108,31 @@ class KVLinkRAG:
         """
         get_linking(linking)
         open_folder(store)  # a wrong folder is said before seconds of loading
-        language_model = LanguageModel.load(model, adapter=adapter, dtype=dtype, device=device)
-        return cls(
-            language_model,
-            Embedder(embedder),
-            store,
-            linking=linking,
-            links=LinkTokens.load(links, language_model) if links else None,
-            chunking=chunking,
-            limits=limits,
-            encoding_prefix=encoding_prefix,
-        )
+
+        def build(job: Job) -> KVLinkRAG:
+            language_model = LanguageModel.load(model, adapter=adapter, dtype=dtype, device=device)
+            return cls(
+                language_model,
+                Embedder(embedder),
+                store,
+                linking=linking,
+                links=LinkTokens.load(links, language_model) if links else None,
+                chunking=chunking,
+                limits=limits,
+                encoding_prefix=encoding_prefix,
+            )
+
+        return compute.run(build)
+
+    def warm_up(self) -> None:
+        """Do now what the first question would wait for: the embedder's weights and the system message's KV."""
+
+        def warm(job: Job) -> None:
+            self.embedder.warm_up()
+            messages = [{"role": "user", "content": "warm up"}]
+            self._source.prefix(build_prompt(self.model.tokenizer, messages, [], system=DEFAULT_SYSTEM).prefix_ids)
+
+        compute.run(warm)
 
     # -- documents ---------------------------------------------------------------------------------
 
@@ -153,7 +157,16 @@ class KVLinkRAG:
         ingestion = Ingestion(
             self.encoder, self.embedder, self.index, self.entries, self.kvs, self._chunking, self.limits
         )
-        return ingestion.add(items, encode=encode, on_plan=on_plan, progress=progress)
+
+        def work(job: Job) -> AddReport:
+            def report(stage: str, done: int, total: int) -> None:
+                job.check()
+                if progress is not None:
+                    progress(stage, done, total)
+
+            return ingestion.add(items, encode=encode, on_plan=on_plan, progress=report)
+
+        return compute.run(work)
 
     def delete(self, *document_ids: str) -> int:
         """Remove documents, their chunks and all KV that no other document shares; how many there were."""
@@ -170,7 +183,7 @@ class KVLinkRAG:
         if self.index.counts()[1] == 0:
             return []
         self._bind_embedder()
-        return self.index.search(self.embedder.embed([question]), k)
+        return compute.run(lambda job: self.index.search(self.embedder.embed([question]), k))
 
     # -- answers -----------------------------------------------------------------------------------
 
@@ -204,50 +217,70 @@ class KVLinkRAG:
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop), seed=seed
         )
-        module = get_linking(linking or self.linking)
+        name = linking or self.linking
+        get_linking(name)
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         has_system = bool(messages) and messages[0].get("role") == "system"
         system = system if system is not None or has_system else DEFAULT_SYSTEM
         prompt = build_prompt(self.model.tokenizer, messages, [], system=system)
-        words = messages[-1]["content"]
-        hits = self.search(words, k) if documents is None else [_as_hit(item) for item in documents]
-        retrieved = time.perf_counter()
+        given = None if documents is None else [_as_hit(item) for item in documents]
 
+        def work(job: Job, emit: Emit[Piece]) -> None:
+            words = messages[-1]["content"]
+            hits = self.search(words, k) if given is None else given
+            answer = self._answer(words, prompt, hits, name, settings, started, lambda text: emit(Piece(text)))
+            emit(Piece("", answer))
+
+        return (piece for piece in compute.stream(work) if piece.text or piece.answer)
+
+    def _answer(
+        self,
+        question: str,
+        prompt: Prompt,
+        hits: list[Hit],
+        linking: str,
+        settings: GenerationSettings,
+        started: float,
+        emit: Callable[[str], None],
+    ) -> Answer:
+        """The way of a question: chunks -> KVs -> context -> text."""
+        retrieved = time.perf_counter()
+        module = get_linking(linking)
         num_links = self.links.num_per_chunk if module.USES_STORED_KV else 0
         token_ids = [self.encoder.token_ids(hit.chunk.text) for hit in hits]
-        kept = self._fitting(token_ids, prompt.num_scaffold_tokens, num_links, settings.max_new_tokens)
-        prompt = build_prompt(self.model.tokenizer, messages, [token_ids[i] for i in kept], system=system)
-        prefix_is_new = prompt.prefix_ids not in self._prefixes
-        loading = self._loading(prompt.chunk_ids) if module.USES_STORED_KV else None
-        request = LinkRequest(
-            model=self.model,
-            prompt=prompt,
-            prefix_kv=self._prefix_kv(prompt.prefix_ids) if loading else None,
-            kvs=self._load(loading) if loading else (),
-            links=self.links,
-            room=settings.max_new_tokens,
+        num_kept = self._num_fitting(token_ids, prompt.num_scaffold_tokens, num_links, settings.max_new_tokens)
+        prompt = replace(prompt, chunk_ids=tuple(token_ids[:num_kept]))
+
+        loading, prefix_kv, has_prefix = None, None, False
+        if module.USES_STORED_KV:
+            loading = self._source.load(prompt.chunk_ids)
+            prefix_kv, has_prefix = self._source.prefix(prompt.prefix_ids)
+        context = module.link(
+            LinkRequest(self.model, prompt, prefix_kv, loading or (), self.links, settings.max_new_tokens)
         )
-        context = module.link(request)
         linked = time.perf_counter()
 
-        record = Generation([])
         pieces: list[str] = []
-        for text in generate(self.model, context, settings, record):
+
+        def keep(text: str) -> None:
             pieces.append(text)
-            yield Piece(text)
+            emit(text)
+
+        record = generate(self.model, context, settings, keep)
         ended = time.perf_counter()
         first = record.first_token_at or ended
         load_s = loading.seconds if loading else 0.0
-        encoded = set(loading.encoded) if loading else set(range(len(kept)))
-        computed = context.num_computed + (len(prompt.prefix_ids) if loading and prefix_is_new else 0)
-        computed += sum(len(prompt.chunk_ids[i]) for i in encoded) if loading else 0
-        answer = Answer(
-            question=words,
+        is_reused = [loading is not None and loading.is_reused(ids) for ids in prompt.chunk_ids]
+        num_reused = sum(len(ids) for ids, reused in zip(prompt.chunk_ids, is_reused, strict=True) if reused)
+        num_reused += len(prompt.prefix_ids) if has_prefix else 0
+        return Answer(
+            question=question,
             text="".join(pieces).strip(),
             sources=tuple(
-                Source(hits[i], len(prompt.chunk_ids[place]), place not in encoded) for place, i in enumerate(kept)
+                Source(hit, len(ids), reused)
+                for hit, ids, reused in zip(hits[:num_kept], prompt.chunk_ids, is_reused, strict=True)
             ),
-            left_out=tuple(hit for i, hit in enumerate(hits) if i not in kept),
+            left_out=tuple(hits[num_kept:]),
             timings=Timings(
                 retrieve_s=retrieved - started,
                 load_s=load_s,
@@ -257,12 +290,11 @@ class KVLinkRAG:
                 decode_s=ended - first,
                 total_s=ended - started,
             ),
-            tokens=TokenCounts(context.num_tokens - computed, computed, len(record.token_ids)),
-            linking=linking or self.linking,
+            tokens=TokenCounts(num_reused, context.num_tokens - num_reused, len(record.token_ids)),
+            linking=linking,
             model=self.model.name,
             finish_reason=record.finish_reason,
         )
-        yield Piece("", answer)
 
     # -- the store ---------------------------------------------------------------------------------
 
@@ -304,8 +336,8 @@ class KVLinkRAG:
                 "load that one, or add the documents to a new store"
             )
 
-    def _fitting(self, token_ids: list[tuple[int, ...]], num_scaffold: int, num_links: int, room: int) -> list[int]:
-        """Places of the chunks that fit the window beside question and answer, best first."""
+    def _num_fitting(self, token_ids: list[tuple[int, ...]], num_scaffold: int, num_links: int, room: int) -> int:
+        """How many of the chunks, best first, fit the window beside question and answer."""
         window = self.model.max_positions
         left = window - num_scaffold - room
         if left < 0:
@@ -313,52 +345,11 @@ class KVLinkRAG:
                 f"question, history and system message have {num_scaffold} tokens, the answer may have {room} more, "
                 f"and the model's window is {window}; shorten them or lower max_new_tokens"
             )
-        kept = []
         for place, ids in enumerate(token_ids):
-            if len(ids) + num_links > left:
-                break
             left -= len(ids) + num_links
-            kept.append(place)
-        return kept
-
-    def _loading(self, chunk_ids: Sequence[tuple[int, ...]]) -> _Loading:
-        """Look chunks up; those the store lacks are encoded at once, stored, and used as they read back."""
-        started = time.perf_counter()
-        missing = {ids: place for place, ids in enumerate(chunk_ids) if ids not in self.kvs}
-        loading = _Loading(list(chunk_ids), {})
-        for number, kv in self.encoder.encode(list(missing)):
-            ids = list(missing)[number]
-            self._keep(kv)
-            loading.encoded.update({place: kv for place, other in enumerate(chunk_ids) if other == ids})
-        loading.seconds = time.perf_counter() - started
-        return loading
-
-    def _load(self, loading: _Loading) -> Iterator[KV]:
-        """Yield the chunks' KVs in order, one in memory at a time; an entry that fails its check is encoded again."""
-        for place, ids in enumerate(loading.token_ids):
-            started = time.perf_counter()
-            kv = loading.encoded.get(place) or self.kvs.get(ids)
-            if kv is None:
-                _, kv = next(self.encoder.encode([ids]))
-                self._keep(kv)
-                loading.encoded[place] = kv
-            loading.seconds += time.perf_counter() - started
-            yield kv
-
-    def _keep(self, kv: KV) -> None:
-        """Store a KV computed for an answer; a full store costs reuse, never the answer."""
-        try:
-            self.kvs.put(kv)
-        except StoreFull as error:
-            self.entries.warn_once(str(error))
-
-    def _prefix_kv(self, ids: tuple[int, ...]) -> KV:
-        """KV of the prompt's prefix, the same for every question under one system message."""
-        if ids not in self._prefixes:
-            if len(self._prefixes) >= MAX_PREFIXES:
-                self._prefixes.pop(next(iter(self._prefixes)))
-            self._prefixes[ids] = self.encoder.encode_alone(ids)
-        return self._prefixes[ids]
+            if left < 0:
+                return place
+        return len(token_ids)
 
 
 def _as_hit(item: str | Document | Hit) -> Hit:

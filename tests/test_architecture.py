@@ -16,11 +16,11 @@ PACKAGE = Path(kvlink_rag.__file__).parent
 LAYERS = [
     ["errors"],
     ["config", "types"],
-    ["kv", "rope", "tokens", "recipe", "chunking", "loading"],
+    ["compute", "kv", "rope", "tokens", "recipe", "chunking", "loading"],
     ["default_models", "prompt", "store.entry", "probe", "attention", "context"],
     ["embedder", "model", "store.codec", "store.kvdisk", "store.folder"],
     ["encoding", "links", "index", "store.kv_store", "store.disk"],
-    ["joining", "generation", "ingestion", "maintenance"],
+    ["joining", "generation", "ingestion", "kv_source", "maintenance"],
     ["linking.full", "linking.plain", "linking.link_tokens"],
     ["linking"],
     ["rag"],

@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import sqlite3
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from kvlink_rag.loading import Skipped, load, read_file
 from kvlink_rag.tokens import TextTokenizer
 from kvlink_rag.types import Chunk, Document
 
-LIMIT = 10_000
+LIMIT = 200_000
 
 
 def documents_of(*sources) -> list[Document]:
@@ -111,7 +112,7 @@ def test_a_folder_gives_its_documents_with_titles_and_says_what_it_left_out(tmp_
         ("# Title\nBody", "Title", "Body"),
         ("\n\n#\tTitle ##\n\nBody", "Title", "Body"),
         ("# Title #\r\n\r\nBody\r\n", "Title", "Body"),
-        ("# C#\nBody", "C", "Body"),
+        ("# C#\nBody", "C#", "Body"),
         ("#hashtag\nBody", "page", "#hashtag\nBody"),
         ("## Second level\nBody", "page", "## Second level\nBody"),
         ("Body\n# Later", "page", "Body\n# Later"),
@@ -188,9 +189,7 @@ BAD_FILES = {
     "utf16.md": ("words".encode("utf-16"), "binary"),
     "latin.rst": ("Käse".encode("latin-1"), "UTF-8 (byte 1)"),
     "latin.html": ("<p>Käse</p>".encode("latin-1"), "UTF-8"),
-    "large.txt": (b"x" * (LIMIT + 1), "10,001 bytes, the limit is 10,000"),
-    "rejected.html": (b"<![foo bar", ""),
-    "deep.html": (b"<b>" * 3000 + b"deep", ""),
+    "large.txt": (b"x" * (LIMIT + 1), f"{LIMIT + 1:,} bytes, the limit is {LIMIT:,}"),
     "no.pdf": (b"no PDF at all", "not a PDF"),
     "cut.pdf": (pdf_of("The mill")[:200], "not a PDF"),
     "nothing.pdf": (b"", "not a PDF"),
@@ -204,11 +203,18 @@ def test_a_file_that_cannot_be_read_is_skipped_with_its_reason(tmp_path, name):
     data, reason = BAD_FILES[name]
     (tmp_path / name).write_bytes(data)
     (tmp_path / "zebra.txt").write_text("good")
-    items = list(load([tmp_path], LIMIT))
-    assert items[-1].text == "good"
-    assert isinstance(items[0], Skipped) or (not reason and "bar" in items[0].text + "bar")
-    if isinstance(items[0], Skipped):
-        assert reason in items[0].reason and name in str(items[0]) and len(items[0].reason.splitlines()) == 1
+    skipped, good = load([tmp_path], LIMIT)
+    assert isinstance(good, Document) and good.text == "good"
+    assert isinstance(skipped, Skipped) and reason in skipped.reason and "\n" not in skipped.reason
+    assert name in str(skipped)
+
+
+@pytest.mark.parametrize("data", [b"<![foo bar", b"<div>" * 20_000 + b"deep"], ids=["rejected", "deep"])
+def test_html_that_the_parser_cannot_take_does_not_stop_the_others(tmp_path, data):
+    """It is read or skipped; it never ends the whole `add`."""
+    (tmp_path / "page.html").write_bytes(data)
+    (tmp_path / "zebra.txt").write_text("good")
+    assert documents_of(tmp_path)[-1].text == "good"
 
 
 def test_an_encrypted_pdf_is_skipped_with_its_reason(tmp_path):
@@ -273,6 +279,15 @@ def test_a_heading_full_of_blanks_is_read_like_any_other(tmp_path):
     with given_up_after(5):
         (document,) = documents_of(path)
     assert document.title.split() == ["a", "b"]
+
+
+def test_a_page_of_many_links_is_read_in_good_time(tmp_path):
+    """A long page with thousands of inline tags costs no time out of proportion to its length."""
+    path = tmp_path / "page.html"
+    path.write_text("<p>" + "<b>x</b> " * 20_000)
+    with given_up_after(10):
+        (document,) = documents_of(path)
+    assert document.text.split() == ["x"] * 20_000
 
 
 # -- chunking --------------------------------------------------------------------------------------
@@ -352,7 +367,7 @@ def test_overlap_repeats_the_last_sentence():
     sentences = sentences_of([6, 6, 6, 6, 6])
     bodies = bodies_of(" ".join(sentences), max_tokens=24, overlap_sentences=1)
     assert len(bodies) > 1
-    for earlier, later in zip(bodies, bodies[1:], strict=False):
+    for earlier, later in pairwise(bodies):
         assert later.startswith(earlier[earlier.rindex(". ") + 2 :])
 
 
@@ -368,7 +383,7 @@ def test_sentences_that_fit_are_kept_whole(lengths):
 
 def test_sentences_of_a_script_without_spaces_are_kept_whole():
     """Chinese and Japanese put no space behind a full stop."""
-    sentences = [f"潮水磨坊每天转动{number}次。" for number in "一二三四五六七八"]
+    sentences = [f"潮水磨坊每天转动{number}次。" for number in "一二三四五六七"]
     bodies = bodies_of("".join(sentences), count=len, max_tokens=30)
     assert letters("".join(bodies)) == "".join(sentences)
     assert all(any(sentence in body for body in bodies) for sentence in sentences)
@@ -381,7 +396,7 @@ def test_paragraphs_stay_apart_inside_a_chunk():
 
 def test_a_very_long_word_is_cut_and_nothing_of_it_lost():
     """A word without spaces, far longer than the budget, in one- and four-byte characters."""
-    for word in ("x" * 5000, "𝔘" * 700, "é汉𝔘" * 300):
+    for word in ("x" * 5000, "😀" * 700, "é汉😀" * 300):
         bodies = bodies_of(f"before {word} after", count=count_bytes, max_tokens=64)
         assert letters("".join(bodies)) == f"before{word}after"
         assert all(count_bytes(body) <= 64 for body in bodies)
@@ -487,6 +502,16 @@ def test_a_control_token_that_is_an_ordinary_word_too_is_spelled_out():
         assert tokenizer.count(text) == len(plain)
 
 
+def test_a_control_string_leaves_the_words_around_it_as_they_are():
+    """Text beside a forged control token is tokenised as ever, not letter by letter."""
+    vocab = {char: number for number, char in enumerate("<x>b")} | {"bb": 4}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("b", "b")]))
+    backend.add_special_tokens(["<x>"])
+    tokenizer = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert tokenizer.plain_ids("bb<x>bb") == (4, 0, 1, 2, 4)
+    assert tokenizer.scaffold_ids("bb<x>bb") == (4, 5, 4)
+
+
 @pytest.mark.parametrize("text", ["\ud800", "text \udfff text"], ids=ascii)
 def test_text_that_is_no_unicode_is_refused(tokenizer, text):
     """A lone surrogate is an error of the caller's, with a reason."""
@@ -496,7 +521,7 @@ def test_text_that_is_no_unicode_is_refused(tokenizer, text):
 
 def test_a_tokenizer_without_a_backend_is_refused():
     """The two sides need a fast tokenizer; the message says so."""
-    with pytest.raises(UnsupportedModel, match="fast tokenizer"):
+    with pytest.raises(UnsupportedModel, match="fast"):
         TextTokenizer(object())
 
 
@@ -671,14 +696,25 @@ def test_a_faiss_file_that_is_behind_is_rebuilt(tmp_path):
     assert sorted(text for text, _ in hits_after_reopening(tmp_path)) == ["text 5", "text 6"]
 
 
-def test_two_processes_do_not_hide_each_others_documents(tmp_path):
-    """What one adds is not lost because the other saves the vectors it had loaded before."""
+def test_a_document_that_another_process_added_is_found(tmp_path):
+    """A running server's search sees what `kvlink add` wrote meanwhile, and no longer what it deleted."""
     server, adder = VectorIndex(tmp_path), VectorIndex(tmp_path)
     add(server, "one", 1)
     assert best(server, 1) == "text 1"
     add(adder, "two", 2)
-    adder.save()
-    assert best(server, 2) == "text 2"
+    adder.delete_document("one")
+    found = [best(server, number) for number in (1, 2)]
+    server.close()
+    adder.close()
+    assert found == [None, "text 2"]
+
+
+def test_two_processes_do_not_hide_each_others_documents(tmp_path):
+    """What one adds is not lost to later starts because the other saves the vectors it had loaded before."""
+    server, adder = VectorIndex(tmp_path), VectorIndex(tmp_path)
+    add(server, "one", 1)
+    assert best(server, 1) == "text 1"
+    add(adder, "two", 2)
     add(server, "three", 3)
     server.save()
     server.close()

@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, build
 
 from kvlink_rag.config import GenerationSettings
 from kvlink_rag.encoding import Encoder
-from kvlink_rag.generation import Generation, generate
+from kvlink_rag.generation import generate
 from kvlink_rag.joining import LinkRequest
 from kvlink_rag.linking import LINKINGS
 from kvlink_rag.links import LinkTokens
@@ -83,9 +83,8 @@ def test_greedy_answers_equal_the_masked_forwards_token_by_token(family, linking
     """Decoding over a linked context continues exactly as repeated masked forwards would."""
     model = model_of(family)
     prompt = random_prompt(11, 3)
-    record = Generation([])
     settings = GenerationSettings(max_new_tokens=8)
-    list(generate(model, linked_context(model, prompt, linking), settings, record))
+    record = generate(model, linked_context(model, prompt, linking), settings, lambda text: None)
     embeds, spans = whole_sequence(model, prompt, linking)
     expected: list[int] = []
     while len(expected) < 8 and 2 not in expected:
@@ -116,9 +115,8 @@ def test_full_linking_is_a_plain_causal_forward(family):
     """The reference reuses nothing and answers like the model itself."""
     model = model_of(family)
     prompt = random_prompt(5, 2)
-    record = Generation([])
     context = linked_context(model, prompt, "full")
-    list(generate(model, context, GenerationSettings(max_new_tokens=4), record))
+    record = generate(model, context, GenerationSettings(max_new_tokens=4), lambda text: None)
     ids = [i for run in (prompt.prefix_ids, prompt.history_ids, *prompt.chunk_ids, prompt.question_ids) for i in run]
     expected = model.hf.generate(
         torch.tensor([ids]), max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, len(ids))

@@ -491,7 +491,7 @@ def test_reopening_gives_the_same_bytes(tmp_path):
         store.put(key, entry)
     store.close()
     again = DiskStore(tmp_path, max_bytes=ROOM)
-    assert {key: bytes(again.get(key)) for key in again.keys()} == entries  # noqa: SIM118 - no mapping
+    assert {key: bytes(again.get(key)) for key in again.keys()} == entries
     assert again.size_bytes() == sum(map(len, entries.values()))
     assert again.verify() == (5, [])
     again.close()
@@ -522,6 +522,20 @@ def test_a_reader_that_has_an_entry_open_keeps_it_whole(disk):
     with open(entry_files(disk.folder)[0], "rb") as reader:
         disk.put(key, entry_of(seed=2))
         assert reader.read() == entry_of(seed=1)
+
+
+def test_an_entry_gets_its_name_only_when_its_bytes_are_on_the_disk(disk, monkeypatch):
+    """Bytes and then the name are forced to the disk before the index speaks of the entry."""
+    real_fsync, seen = os.fsync, []
+
+    def watching_fsync(descriptor):
+        seen.append((len(entry_files(disk.folder)), identity_of().key in disk))
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watching_fsync)
+    disk.put(identity_of().key, entry_of())
+    assert seen == [(0, False), (1, False)]
+    assert identity_of().key in disk
 
 
 def test_nobody_else_may_look_into_the_store(tmp_path):

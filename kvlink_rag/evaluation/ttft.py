@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from kvlink_rag.compute import compute
 from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.errors import BadInput
-from kvlink_rag.generation import Generation, generate
+from kvlink_rag.generation import generate
 from kvlink_rag.index import IndexedChunk
 from kvlink_rag.joining import LinkRequest
 from kvlink_rag.linking import link_tokens
@@ -41,6 +42,12 @@ def run_ttft(
     model: LanguageModel, contexts: list[int], repeats: int, progress: Callable[[str, int, int], None]
 ) -> list[dict[str, Any]]:
     """One row per context length (tokens of prefix, chunks, links and question together)."""
+    return compute.run(lambda job: _run(model, contexts, repeats, progress))
+
+
+def _run(
+    model: LanguageModel, contexts: list[int], repeats: int, progress: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
     embedder = Embedder()
     rows: list[dict[str, Any]] = []
     for length in contexts:
@@ -114,14 +121,13 @@ def _floor(rag: KVLinkRAG, messages: list[Message], texts: list[str]) -> float:
     prefix_kv = rag.encoder.encode_alone(prompt.prefix_ids)
     context = link_tokens.link(LinkRequest(rag.model, prompt, prefix_kv, kvs, rag.links, room=2))
     settings = GenerationSettings(max_new_tokens=1)
-    list(generate(rag.model, context, settings, Generation([])))  # computes links and question into the buffer
+    generate(rag.model, context, settings, lambda text: None)  # computes links and question into the buffer
     num_question = len(prompt.question_ids)
     context.num_placed = context.num_tokens - num_question
     positions = torch.arange(context.num_placed, context.num_tokens, device=rag.model.device)
     context.pend(prompt.question_ids[-1], positions, embeds=rag.model.embed(prompt.question_ids)[None])
-    record = Generation([])
     started = time.perf_counter()
-    list(generate(rag.model, context, settings, record))
+    record = generate(rag.model, context, settings, lambda text: None)
     return (record.first_token_at or time.perf_counter()) - started
 
 

@@ -43,7 +43,6 @@ class DiskStore:
         self.folder = Path(folder).absolute()
         self.max_bytes = max_bytes
         self.counters = Counters()
-        self._said: set[str] = set()
         if os.path.expandvars(os.path.expanduser(self.folder)) != str(self.folder):
             raise BadInput(f"the store's path {self.folder} holds a variable ($ or ~); choose another name")
         self._cache = self._open()
@@ -217,12 +216,6 @@ class DiskStore:
                 path.unlink(missing_ok=True)
                 swept += 1
         return swept
-
-    def warn_once(self, message: str) -> None:
-        """Log a message the first time it is heard."""
-        if message not in self._said:
-            self._said.add(message)
-            log.warning("%s", message)
 
     def close(self) -> None:
         if self._cache is not None:

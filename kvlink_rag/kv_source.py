@@ -1,0 +1,87 @@
+"""KVs for one context: from the store where it has them, computed and stored where not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.errors import StoreFull
+from kvlink_rag.kv import KV
+from kvlink_rag.store.kv_store import KVStore
+
+log = logging.getLogger(__name__)
+MAX_PREFIXES = 8  # system messages whose KV is kept in memory
+
+
+class KVSource:
+    """Gives chunks and prompt prefixes their KV."""
+
+    def __init__(self, encoder: Encoder, kvs: KVStore):
+        self._encoder, self._kvs = encoder, kvs
+        self._prefixes: dict[tuple[int, ...], KV] = {}
+        self._said_full = False
+
+    def prefix(self, ids: tuple[int, ...]) -> tuple[KV, bool]:
+        """KV of a prompt's prefix, the same for every question under one system message; and whether it was kept."""
+        if ids in self._prefixes:
+            return self._prefixes[ids], True
+        if len(self._prefixes) >= MAX_PREFIXES:
+            self._prefixes.pop(next(iter(self._prefixes)))
+        self._prefixes[ids] = self._encoder.encode_alone(ids)
+        return self._prefixes[ids], False
+
+    def load(self, chunk_ids: Sequence[tuple[int, ...]]) -> Loading:
+        """Begin to load chunks; those the store lacks are encoded at once, in batches."""
+        return Loading(self, chunk_ids)
+
+    def encode(self, chunk_ids: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], KV]:
+        """Compute and store chunks. They are used exactly as they would read back: nothing is rounded by storing."""
+        wanted = list(dict.fromkeys(chunk_ids))
+        encoded = {}
+        for number, kv in self._encoder.encode(wanted):
+            encoded[wanted[number]] = kv
+            self._keep(kv)
+        return encoded
+
+    def stored(self, ids: tuple[int, ...]) -> KV | None:
+        """The verified KV in the store, or None."""
+        return self._kvs.get(ids)
+
+    def is_stored(self, ids: tuple[int, ...]) -> bool:
+        """Whether the store has an entry, not yet verified."""
+        return ids in self._kvs
+
+    def _keep(self, kv: KV) -> None:
+        """Store a KV computed for an answer; a full store costs reuse, never the answer."""
+        try:
+            self._kvs.put(kv)
+        except StoreFull as error:
+            if not self._said_full:
+                log.warning("%s; answers are computed without storing", error)
+                self._said_full = True
+
+
+class Loading:
+    """The chunks of one context on their way; iterate to get their KVs in order, one in memory at a time."""
+
+    def __init__(self, source: KVSource, chunk_ids: Sequence[tuple[int, ...]]):
+        started = time.perf_counter()
+        self._source, self._chunk_ids = source, chunk_ids
+        self._encoded = source.encode([ids for ids in chunk_ids if not source.is_stored(ids)])
+        self.seconds = time.perf_counter() - started
+
+    def __iter__(self) -> Iterator[KV]:
+        for ids in self._chunk_ids:
+            started = time.perf_counter()
+            kv = self._encoded.get(ids) or self._source.stored(ids)
+            if kv is None:  # it was there, but failed verification
+                kv = self._source.encode([ids])[ids]
+                self._encoded[ids] = kv
+            self.seconds += time.perf_counter() - started
+            yield kv
+
+    def is_reused(self, ids: tuple[int, ...]) -> bool:
+        """Whether the chunk's KV came from the store."""
+        return ids not in self._encoded
