@@ -7,6 +7,8 @@ same sums over the same numbers without a copy.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -43,12 +45,28 @@ def grouped_sdpa(
         )
         return output, None
     folded = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
-    mask = None
-    if attention_mask is not None:
-        mask = attention_mask[..., : key.shape[2]].repeat(1, 1, groups, 1)  # [batch, 1, groups * queries, keys]
+    mask = None if attention_mask is None else _folded_mask(attention_mask, groups, key.shape[2])
     output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     output = output.reshape(batch, num_heads, num_queries, value.shape[-1])
     return output.transpose(1, 2).contiguous(), None
+
+
+class _LastMask(threading.local):
+    """The mask folded last: all layers of a forward share one."""
+
+    source: weakref.ReferenceType[Tensor] | None = None
+    folded: Tensor | None = None
+
+
+_last = _LastMask()
+
+
+def _folded_mask(mask: Tensor, groups: int, num_keys: int) -> Tensor:
+    """The mask for folded queries, [batch, 1, groups * queries, keys]."""
+    if _last.source is None or _last.source() is not mask or _last.folded is None:
+        _last.source = weakref.ref(mask)
+        _last.folded = mask[..., :num_keys].repeat(1, 1, groups, 1)
+    return _last.folded
 
 
 def register() -> None:

@@ -9,7 +9,8 @@ from kvlink_rag.config import ChunkSettings
 from kvlink_rag.types import Chunk, Document
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
-_SENTENCE_END = re.compile(r"(?<=[.!?…。！？])\s+|\n")  # noqa: RUF001 - full-width marks end sentences too
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![」』）”’])\s*|\n")  # noqa: RUF001 - full-width marks end sentences too
+_SPACE = re.compile(r"\s")
 
 Count = Callable[[str], int]
 
@@ -22,12 +23,11 @@ def chunk_text(text: str, title: str | None) -> str:
 
 def split(document: Document, document_id: str, count: Count, settings: ChunkSettings) -> list[Chunk]:
     """Cut a document into chunks of at most `settings.max_tokens` tokens, as `count` counts them, title included."""
-    budget = settings.max_tokens - (count(document.title) + 1 if document.title else 0)
-    budget = max(budget, settings.max_tokens // 2)
+    title = next(_halved((document.title or "").strip(), count, settings.max_tokens // 2 - 1), "")  # a long one is cut
+    budget = settings.max_tokens - (count(title) + 1 if title else 0)
     bodies = _pack(list(_sentences(document.text, count, budget)), count, budget, settings.overlap_sentences)
     return [
-        Chunk(chunk_text(body, document.title), document_id, position, document.metadata)
-        for position, body in enumerate(bodies)
+        Chunk(chunk_text(body, title), document_id, position, document.metadata) for position, body in enumerate(bodies)
     ]
 
 
@@ -49,15 +49,17 @@ def _halved(text: str, count: Count, budget: int) -> Iterator[str]:
         yield text
         return
     middle = len(text) // 2
-    space = text.rfind(" ", 1, middle)
-    cut = space if space > middle // 2 else middle
+    before = max((match.start() for match in _SPACE.finditer(text, 1, middle)), default=0)
+    after = _SPACE.search(text, middle, len(text) - 1)
+    spaces = [place for place in (before, after.start() if after else 0) if place]
+    cut = min(spaces, key=lambda place: abs(place - middle), default=middle)
     yield from _halved(text[:cut].rstrip(), count, budget)
     yield from _halved(text[cut:].lstrip(), count, budget)
 
 
 def _pack(sentences: list[tuple[str, str]], count: Count, budget: int, overlap: int) -> Iterator[str]:
     """Join sentences to bodies within the budget; each begins with the last `overlap` sentences of the one before."""
-    counts = [count(sentence) + 1 for _, sentence in sentences]
+    counts = [count(sentence) + len(separator) for separator, sentence in sentences]
     start = 0
     while start < len(sentences):
         stop, used = start + 1, counts[start]

@@ -226,6 +226,7 @@ def ttft(
     as_json: Json = False,
 ) -> None:
     """Time to first token: stored KV against a full prefill of the same context, and against the floor."""
+    from kvlink_rag.compute import compute
     from kvlink_rag.evaluation.ttft import run_ttft
     from kvlink_rag.model import LanguageModel
 
@@ -235,7 +236,7 @@ def ttft(
         raise BadInput(f"--contexts takes numbers like 1000,2000; got {contexts!r}") from None
     _quiet_libraries()
     with notes.status("loading the model"):
-        language_model = LanguageModel.load(model, dtype=dtype, device=device)
+        language_model = compute.run(lambda job: LanguageModel.load(model, dtype=dtype, device=device))
     with progress_bar() as progress:
         rows = run_ttft(language_model, lengths, repeats, progress)
     if as_json:

@@ -61,19 +61,22 @@ class VectorIndex:
             self._db = sqlite3.connect(database, timeout=60, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA secure_delete=ON")
             self._db.execute("PRAGMA synchronous=FULL")
+            if (verdict := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(verdict)
             self._db.executescript(_SCHEMA)
         except sqlite3.OperationalError as error:
-            if not database.exists():
+            is_read_only = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+            if not is_read_only or not database.exists():
                 raise NotAStore(f"the index in {self._folder} cannot be opened: {error}") from error
-            self._db = sqlite3.connect(
-                f"file:{database}?mode=ro", uri=True, check_same_thread=False, isolation_level=None
-            )
+            uri = f"{database.resolve().as_uri()}?mode=ro"
+            self._db = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
         except sqlite3.DatabaseError as error:
             raise NotAStore(
                 f"{database} is damaged ({error}); restore it, or delete it and add the documents again "
                 "(their stored KV is kept and used)"
             ) from error
         self._faiss: Any = None  # loaded at the first search
+        self._faiss_version = -1
 
     # -- documents ---------------------------------------------------------------------------------
 
@@ -124,11 +127,7 @@ class VectorIndex:
                 ).lastrowid
                 for row in rows
             ]
-        if self._faiss is not None:
-            if gone:
-                self._faiss.remove_ids(np.array(gone, dtype=np.int64))
-            if new:
-                self._faiss.add_with_ids(vectors, np.array(new, dtype=np.int64))
+            self._update_faiss(gone, new, vectors)
 
     def delete_document(self, document_id: str) -> bool:
         """Remove a document and its chunks; whether there was one."""
@@ -136,8 +135,7 @@ class VectorIndex:
             gone = [row[0] for row in db.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,))]
             db.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
             found = db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
-        if self._faiss is not None and gone:
-            self._faiss.remove_ids(np.array(gone, dtype=np.int64))
+            self._update_faiss(gone, [], None)
         return found
 
     def set_keys(self, document_id: str, chunks: Sequence[IndexedChunk]) -> None:
@@ -201,16 +199,26 @@ class VectorIndex:
         import faiss
 
         with self._lock:
-            if self._faiss is None or self.get_meta("faiss_digest"):
+            if self._faiss is None or self._is_behind() or self.get_meta("faiss_digest"):
                 return
             data = faiss.serialize_index(self._faiss).tobytes()
             temporary = self._folder / "index.faiss.tmp"
             temporary.write_bytes(data)
             temporary.replace(self._folder / "index.faiss")
-            self.set_meta("faiss_digest", blake3(data).hexdigest())
+            self._db.execute("BEGIN IMMEDIATE")
+            if not self._is_behind():  # nobody changed the database meanwhile
+                self.set_meta("faiss_digest", blake3(data).hexdigest())
+            self._db.execute("COMMIT")
+
+    def _is_behind(self) -> bool:
+        """Whether another connection changed the database since FAISS was loaded."""
+        return self._data_version() != self._faiss_version
+
+    def _data_version(self) -> int:
+        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     def close(self) -> None:
-        """Write what is derived and let go of the files."""
+        """Let go of the files."""
         self._db.close()
 
     @contextmanager
@@ -223,15 +231,26 @@ class VectorIndex:
                 yield self._db
             except BaseException:
                 self._db.execute("ROLLBACK")
+                self._faiss = None
                 raise
             self._db.execute("COMMIT")
+
+    def _update_faiss(self, gone: list[int], new: list[int | None], vectors: Vectors | None) -> None:
+        """Follow a change of the database; should that roll back, the next search rebuilds."""
+        if self._faiss is None:
+            return
+        if gone:
+            self._faiss.remove_ids(np.array(gone, dtype=np.int64))
+        if new:
+            self._faiss.add_with_ids(vectors, np.array(new, dtype=np.int64))
 
     def _loaded_faiss(self, dim: int) -> Any:
         """The FAISS index: the one in memory, the file if it is current, else rebuilt from SQLite."""
         import faiss
 
-        if self._faiss is not None:
+        if self._faiss is not None and not self._is_behind():
             return self._faiss
+        self._faiss_version = self._data_version()
         try:
             data = (self._folder / "index.faiss").read_bytes()
         except OSError:

@@ -36,7 +36,7 @@ def join(request: LinkRequest, links_behind: list[Tensor]) -> Context:
     assert request.prefix_kv is not None
     num_links = sum(links.shape[0] for links in links_behind)
     num_tokens = prompt.num_scaffold_tokens + sum(map(len, prompt.chunk_ids)) + num_links
-    context = Context(model.rope, model.kv_shape, num_tokens, request.room)
+    context = Context(model.rope, model.buffers, num_tokens, request.room)
 
     context.place(request.prefix_kv, 0)
     position = request.prefix_kv.num_tokens

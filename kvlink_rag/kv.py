@@ -47,13 +47,3 @@ class KVShape:
     @property
     def bytes_per_token(self) -> int:
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
-
-    def empty_keys(self, num_tokens: int) -> Tensor:
-        """Unfilled keys [layers, kv_heads, num_tokens, head_dim]."""
-        shape = (self.num_layers, self.num_kv_heads, num_tokens, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-    def empty_values(self, num_tokens: int) -> Tensor:
-        """Unfilled values [layers, kv_heads, num_tokens, value_dim]."""
-        shape = (self.num_layers, self.num_kv_heads, num_tokens, self.value_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -77,8 +77,7 @@ class Loading:
             started = time.perf_counter()
             kv = self._encoded.get(ids) or self._source.stored(ids)
             if kv is None:  # it was there, but failed verification
-                kv = self._source.encode([ids])[ids]
-                self._encoded[ids] = kv
+                kv = self._encoded[ids] = self._source.encode([ids])[ids]
             self.seconds += time.perf_counter() - started
             yield kv
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,9 @@ from kvlink_rag.errors import BadDocument, BadInput, MissingExtra
 from kvlink_rag.types import Document
 
 SUFFIXES = (".txt", ".md", ".rst", ".html", ".pdf")
+
+
+_INLINE = frozenset(["a", "b", "i", "em", "strong", "span", "code", "small", "sub", "sup", "mark", "u"])
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,10 @@ def read_file(path: Path, max_bytes: int) -> Document:
     if path.suffix.lower() not in SUFFIXES:
         raise BadDocument(f"not one of {' '.join(SUFFIXES)}")
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadDocument("not a regular file")
+        size = status.st_size
         if size > max_bytes:
             raise BadDocument(f"{size:,} bytes, the limit is {max_bytes:,}; split it or raise max_document_bytes")
         data = path.read_bytes()
@@ -56,21 +64,31 @@ def read_file(path: Path, max_bytes: int) -> Document:
     title, text = _READERS.get(path.suffix.lower(), _read_text)(data)
     if not text.strip():
         raise BadDocument("holds no text")
-    return Document(text, id=str(path.resolve()), title=title or path.stem.replace("-", " ").replace("_", " "))
+    return Document(
+        text, id=str(path.resolve()), title=(title or "").strip() or path.stem.replace("-", " ").replace("_", " ")
+    )
 
 
 def _resolve(source: str | Path | Document) -> Path | Document:
     if isinstance(source, Document):
         return source
-    if isinstance(source, str):
-        is_path = len(source) < 4096 and "\n" not in source and "\0" not in source and Path(source).exists()
-        looks_like_path = source.lower().endswith(SUFFIXES) or not re.search(r"\s", source)
-        if not is_path and not looks_like_path:
-            return Document(source)
+    if source == "":
+        raise BadInput("an empty string is neither a path nor a text")
     path = Path(source)
-    if not path.exists():
-        raise BadInput(f"{source}: no such file or folder")
-    return path
+    try:
+        exists = path.exists()
+    except OSError as error:  # too long for a path, or in a folder that may not be entered
+        exists, reason = False, str(error.strerror)
+    else:
+        reason = "no such file or folder"
+    if exists:
+        return path
+    if isinstance(source, str):
+        is_one_line = "\n" not in source.strip()
+        looks_like_path = not re.search(r"\s", source) or (is_one_line and source.lower().endswith(SUFFIXES))
+        if not looks_like_path:
+            return Document(source)
+    raise BadInput(f"{source}: {reason}")
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -80,12 +98,12 @@ def _files(path: Path) -> Iterator[Path]:
         return
     for file in sorted(path.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not is_hidden:
+        if not file.is_dir() and not is_hidden:
             yield file
 
 
 def _decode(data: bytes) -> str:
-    if b"\0" in data[:65536]:
+    if b"\0" in data:
         raise BadDocument("a binary file, not text")
     try:
         return data.decode("utf-8-sig")
@@ -100,24 +118,41 @@ def _read_text(data: bytes) -> tuple[str | None, str]:
 def _read_markdown(data: bytes) -> tuple[str | None, str]:
     """The first heading, where it opens the file, becomes the title."""
     text = _decode(data)
-    match = re.match(r"\s*#[ \t]+(.+?)[ \t]*#*[ \t]*(?:\n|$)", text)
-    return (match[1], text[match.end() :]) if match and text[match.end() :].strip() else (None, text)
+    first, _, rest = text.lstrip().partition("\n")
+    if not first.startswith(("# ", "#\t")) or not rest.strip():
+        return None, text
+    title = first[1:].strip()
+    bare = title.rstrip("#")
+    return (title if bare[-1:].strip() else bare.strip()) or None, rest
 
 
 def _read_html(data: bytes) -> tuple[str | None, str]:
     try:
-        from bs4 import BeautifulSoup
+        from bs4 import BeautifulSoup, NavigableString, ParserRejectedMarkup
     except ImportError:
         raise MissingExtra("reading .html", "documents") from None
-    soup = BeautifulSoup(_decode(data), "html.parser")
+    try:
+        soup = BeautifulSoup(io.StringIO(_decode(data)), "html.parser")  # a stream: a string could be taken for a name
+    except ParserRejectedMarkup:
+        raise BadDocument("not HTML that can be read") from None
     for hidden in soup(["script", "style", "noscript", "template"]):
         hidden.decompose()
     title = soup.title.get_text(" ", strip=True) if soup.title else None
     body = soup.body or soup
-    for inline in body(["a", "b", "i", "em", "strong", "span", "code", "small", "sub", "sup", "mark", "u"]):
-        inline.unwrap()
-    body.smooth()
-    lines = (line.strip() for line in body.get_text("\n\n").splitlines())
+    parts: list[str] = []
+    block = None  # the one whose text is being gathered
+    for node in body.descendants:
+        if type(node) is NavigableString:
+            home = node.parent
+            while home is not body and home.name in _INLINE:
+                home = home.parent
+            if home is not block:
+                parts.append("\n\n")
+                block = home
+            parts.append(str(node))
+        elif getattr(node, "name", None) and node.name not in _INLINE:
+            block = None
+    lines = (line.strip() for line in "".join(parts).strip().splitlines())
     return title, re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
@@ -127,14 +162,12 @@ def _read_pdf(data: bytes) -> tuple[str | None, str]:
         from pypdf.errors import PyPdfError
     except ImportError:
         raise MissingExtra("reading .pdf", "documents") from None
-    import io
-
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted:
             raise BadDocument("an encrypted PDF; save it without a password first")
         title = reader.metadata.title if reader.metadata else None
-        return title, "\n\n".join(page.extract_text() for page in reader.pages)
+        return title if isinstance(title, str) else None, "\n\n".join(page.extract_text() for page in reader.pages)
     except (PyPdfError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadDocument(f"not a PDF that can be read: {error}") from error
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvlink_rag import attention, probe
+from kvlink_rag.context import ContextBuffers
 from kvlink_rag.default_models import DEFAULT_MODEL, cache_folder, default_model_folder
 from kvlink_rag.errors import BadInput, CheckpointMismatch, MissingExtra, UnsupportedModel
 from kvlink_rag.kv import KVShape
@@ -52,6 +53,7 @@ class LanguageModel:
         self.kv_shape = KVShape(
             proof.rope.num_layers, proof.num_kv_heads, proof.head_dim, proof.value_dim, self.dtype, self.device
         )
+        self.buffers = ContextBuffers(self.kv_shape)
 
     @classmethod
     def load(

@@ -267,6 +267,7 @@ class KVLinkRAG:
             emit(text)
 
         record = generate(self.model, context, settings, keep)
+        context.release()
         ended = time.perf_counter()
         first = record.first_token_at or ended
         load_s = loading.seconds if loading else 0.0

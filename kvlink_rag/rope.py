@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LAYERS_AT_ONCE = 4  # what is turned at once stays in the processor's cache
+
 
 @dataclass(frozen=True)
 class Pairing:
@@ -27,12 +29,22 @@ class Pairing:
     interleaved: bool
     sign: int = 1
 
-    def halves(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Views on the first and second dimensions of all pairs, each [..., num_pairs]."""
-        turned = keys[..., self.start : self.start + 2 * self.num_pairs]
+    @property
+    def span(self) -> slice:
+        """The dimensions that turn."""
+        return slice(self.start, self.start + 2 * self.num_pairs)
+
+    def partners(self, turned: Tensor) -> Tensor:
+        """A copy of turned [..., 2 * num_pairs] in which the two dimensions of every pair have changed places."""
+        if not self.interleaved:
+            return turned.roll(self.num_pairs, -1)
+        return turned.reshape(*turned.shape[:-1], self.num_pairs, 2).flip(-1).flatten(-2)
+
+    def spread(self, of_first: Tensor, of_second: Tensor) -> Tensor:
+        """One number per dimension from one per pair: both [tokens, num_pairs] -> [tokens, 2 * num_pairs]."""
         if self.interleaved:
-            return turned[..., 0::2], turned[..., 1::2]
-        return turned[..., : self.num_pairs], turned[..., self.num_pairs :]
+            return torch.stack((of_first, of_second), -1).flatten(-2)
+        return torch.cat((of_first, of_second), -1)
 
 
 @dataclass(frozen=True)
@@ -51,18 +63,19 @@ class Rotation:
 def turn(keys: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, out: Tensor) -> None:
     """Write `keys`, turned by the given angles, into `out`.
 
-    keys, out [..., tokens, head_dim], of any float dtype and not overlapping; cos, sin [tokens, num_pairs].
+    keys, out [layers, kv_heads, tokens, head_dim], any float dtype, not overlapping; cos, sin [tokens, num_pairs].
     """
-    first, second = (half.float() for half in pairing.halves(keys))
     cos, sin = cos.float(), sin.float() * pairing.sign
-    out_first, out_second = pairing.halves(out)
-    out_first.copy_(torch.addcmul(first * cos, second, sin, value=-1))
-    out_second.copy_(torch.addcmul(second * cos, first, sin))
-    stop = pairing.start + 2 * pairing.num_pairs
-    if pairing.start:
-        out[..., : pairing.start].copy_(keys[..., : pairing.start])
-    if stop < keys.shape[-1]:
-        out[..., stop:].copy_(keys[..., stop:])
+    cosines, sines = pairing.spread(cos, cos), pairing.spread(-sin, sin)  # [tokens, 2 * num_pairs]
+    span = pairing.span
+    for layers in range(0, keys.shape[0], LAYERS_AT_ONCE):
+        some = slice(layers, layers + LAYERS_AT_ONCE)
+        turned = keys[some, ..., span].float()
+        moved = pairing.partners(turned).mul_(sines).addcmul_(turned, cosines)
+        out[some, ..., span].copy_(moved)
+    for rest in (slice(0, span.start), slice(span.stop, keys.shape[-1])):
+        if rest.start < rest.stop:
+            out[..., rest].copy_(keys[..., rest])
 
 
 def turn_back(keys: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, out: Tensor) -> None:
@@ -94,7 +107,8 @@ class Rope:
                 operation(keys, cos, sin, rotation.pairing, out)
                 continue
             for layer in rotation.layers:
-                operation(keys[layer], cos, sin, rotation.pairing, out[layer])
+                one = slice(layer, layer + 1)
+                operation(keys[one], cos, sin, rotation.pairing, out[one])
         turned = {layer for rotation in self.rotations for layer in rotation.layers}
         for layer in range(self.num_layers):
             if layer not in turned:

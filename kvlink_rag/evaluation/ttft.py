@@ -128,6 +128,7 @@ def _floor(rag: KVLinkRAG, messages: list[Message], texts: list[str]) -> float:
     context.pend(prompt.question_ids[-1], positions, embeds=rag.model.embed(prompt.question_ids)[None])
     started = time.perf_counter()
     record = generate(rag.model, context, settings, lambda text: None)
+    context.release()
     return (record.first_token_at or time.perf_counter()) - started
 
 

@@ -19,7 +19,7 @@ def link(request: LinkRequest) -> Context:
         *(i for chunk in prompt.chunk_ids for i in chunk),
         *prompt.question_ids,
     ]
-    context = Context(model.rope, model.kv_shape, len(ids), request.room)
+    context = Context(model.rope, model.buffers, len(ids), request.room)
     positions = torch.arange(len(ids), device=model.device)
     context.pend(ids[-1], positions, ids=torch.tensor([ids], device=model.device))
     return context

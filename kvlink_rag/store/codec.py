@@ -22,7 +22,7 @@ def to_entry(kv: KV, identity: Identity) -> bytes:
     return pack(identity, described, save(tensors))
 
 
-def from_entry(entry: bytearray, identity: Identity, shape: KVShape) -> KV:
+def from_entry(entry: memoryview, identity: Identity, shape: KVShape) -> KV:
     """The KV in `entry`, on the CPU and sharing its memory. Raises CorruptEntry."""
     _, payload = verify(entry, identity)
     header_length = int.from_bytes(payload[:8], "little")
@@ -30,8 +30,10 @@ def from_entry(entry: bytearray, identity: Identity, shape: KVShape) -> KV:
         raise CorruptEntry("the payload's header is longer than the payload")
     try:
         layout = json.loads(bytes(payload[8 : 8 + header_length]))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CorruptEntry("the payload's header is no JSON") from None
+    if not isinstance(layout, dict):
+        raise CorruptEntry("the payload's header names no tensors")
     data = payload[8 + header_length :]
     num_tokens = len(identity.token_ids)
     return KV(
@@ -54,7 +56,10 @@ def _tensor(data: memoryview, described: object, shape: KVShape, wanted: tuple[i
     )
     if not is_wanted:
         raise CorruptEntry(f"a tensor is not {shape.dtype} {wanted}, as this model's KV must be")
-    start, stop = described["data_offsets"]  # type: ignore[index]
+    offsets = described.get("data_offsets")  # type: ignore[attr-defined]
+    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
+        raise CorruptEntry("a tensor's place is not two numbers")
+    start, stop = offsets
     if not 0 <= start <= stop <= len(data) or stop - start != num_bytes:
         raise CorruptEntry("a tensor lies outside the payload")
     return torch.frombuffer(data[start:stop], dtype=shape.dtype).view(wanted)

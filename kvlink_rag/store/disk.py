@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from diskcache import Cache
+from diskcache import Cache, Timeout
 
 from kvlink_rag.errors import BadInput, CorruptEntry, NotAStore, StoreFull
 from kvlink_rag.store.entry import verify
@@ -20,6 +20,8 @@ from kvlink_rag.store.kvdisk import KVDisk, read_entry_file
 
 log = logging.getLogger(__name__)
 ORPHAN_LEASE_S = 3600.0  # a file without a row may belong to a writer that is still at work
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+_IS_OURS = "raw = 1 AND typeof(key) = 'text' AND length(key) = 64 AND key NOT GLOB '*[^0-9a-f]*'"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -51,16 +53,24 @@ class DiskStore:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             database = self.folder / "cache.db"
-            os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+            descriptor = os.open(database, os.O_RDWR | os.O_CREAT, 0o600)
+            is_new = os.fstat(descriptor).st_size == 0
+            os.close(descriptor)
         except OSError as error:
             if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and self.folder.is_dir():
                 log.warning("%s cannot be written: stored KV is served, nothing is added", self.folder)
                 return None
             raise NotAStore(f"{self.folder} cannot be used as a KV store: {error.strerror}") from error
         try:
-            return self._open_cache()
+            cache = self._open_cache()
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in _DAMAGED:
+                raise NotAStore(f"the KV index of {self.folder} cannot be opened: {error}") from error
             log.warning("the KV index of %s is damaged (%s); it is rebuilt from the entries", self.folder, error)
+        else:
+            if is_new:
+                self._rebuild(cache)
+            return cache
         for path in self.folder.glob("cache.db*"):
             path.unlink()
         cache = self._open_cache()
@@ -68,7 +78,7 @@ class DiskStore:
         return cache
 
     def _open_cache(self) -> Cache:
-        return Cache(
+        cache = Cache(
             str(self.folder),
             disk=KVDisk,
             disk_min_file_size=0,
@@ -80,17 +90,24 @@ class DiskStore:
             sqlite_synchronous=2,
             sqlite_mmap_size=0,
         )
+        ((verdict,),) = cache._sql("PRAGMA quick_check(1)").fetchall()
+        if verdict != "ok":
+            cache.close()
+            raise sqlite3.DatabaseError(verdict)
+        return cache
 
     def _rebuild(self, cache: Cache) -> None:
         """Bring every sound entry back under its key; files that fail are dropped."""
         for path in list(self._files()):
-            entry = read_entry_file(path)
             try:
+                entry = read_entry_file(path)
                 header, _ = verify(entry)
-            except CorruptEntry:
+                cache.set(header.get("key"), bytes(entry))
+            except (CorruptEntry, TypeError):
                 log.warning("dropped the damaged entry %s", path.name)
-            else:
-                cache.set(header["key"], bytes(entry))
+            except OSError as error:  # a link or a folder is no entry of ours
+                log.warning("passed over %s: %s", path.name, error.strerror)
+                continue
             path.unlink()
 
     @property
@@ -100,9 +117,10 @@ class DiskStore:
     def __contains__(self, key: str) -> bool:
         if self._cache is None:
             return self._find(key) is not None
-        return key in self._cache
+        row = self._cache._sql("SELECT filename FROM Cache WHERE key = ?", (key,)).fetchone()
+        return row is not None and isinstance(row[0], str) and (self.folder / row[0]).exists()
 
-    def get(self, key: str) -> bytearray | None:
+    def get(self, key: str) -> memoryview | None:
         """The entry's bytes, unverified, or None."""
         try:
             entry = self._read(key)
@@ -115,31 +133,31 @@ class DiskStore:
             self.counters.hits += 1
         return entry
 
-    def _read(self, key: str) -> bytearray | None:
+    def _read(self, key: str) -> memoryview | None:
         if self._cache is not None:
-            entry: bytearray | None = self._cache.get(key)
+            entry: memoryview | None = self._cache.get(key)
             return entry
         path = self._find(key)
         try:
             return None if path is None else read_entry_file(path)
-        except FileNotFoundError:
+        except OSError:
             return None
 
     def put(self, key: str, entry: bytes) -> None:
         """Store an entry; it is on disk when this returns. Raises StoreFull."""
         if self._cache is None:
             return
-        if self.size_bytes() + len(entry) > self.max_bytes:
-            raise StoreFull(
-                f"the store's budget of {self.max_bytes:,} bytes is used up; raise it, delete documents, or prune"
-            )
         try:
+            if self.size_bytes() + len(entry) > self.max_bytes:
+                raise StoreFull(
+                    f"the store's budget of {self.max_bytes:,} bytes is used up; raise it, delete documents, or prune"
+                )
             self._cache.set(key, entry)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise StoreFull(f"no room left on the disk of {self.folder}: {error.strerror}") from error
             raise
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, Timeout) as error:
             raise StoreFull(f"the KV index of {self.folder} cannot be written: {error}") from error
 
     def quarantine(self, key: str, reason: str) -> None:
@@ -156,25 +174,17 @@ class DiskStore:
         removed = 0
         for key in keys:
             files = list((self.folder / key[:2]).glob(f"{key}.*.kv"))
-            try:
-                removed += bool(self._cache.delete(key))
-            except CorruptEntry:  # the row names no entry file: drop the row alone
-                self._drop_row(key)
-                removed += 1
+            removed += bool(self._cache.delete(key))
             for path in files:
                 path.unlink(missing_ok=True)
         return removed
-
-    def _drop_row(self, key: str) -> None:
-        assert self._cache is not None
-        self._cache._sql("DELETE FROM Cache WHERE key = ?", (key,))
 
     def keys(self) -> Iterator[str]:
         """Keys of all entries."""
         if self._cache is None:
             yield from (path.name[:64] for path in self._files())
         else:
-            yield from list(self._cache.iterkeys())
+            yield from [row[0] for row in self._cache._sql(f"SELECT key FROM Cache WHERE {_IS_OURS}").fetchall()]
 
     def size_bytes(self) -> int:
         """Bytes of all entries, as accounted."""
@@ -208,6 +218,7 @@ class DiskStore:
         """Delete files without a row that are older than the lease (a killed writer leaves them)."""
         if self._cache is None:
             return 0
+        self._cache._sql(f"DELETE FROM Cache WHERE NOT ({_IS_OURS})")
         named = {row[0] for row in self._cache._sql("SELECT filename FROM Cache WHERE filename IS NOT NULL")}
         swept = 0
         for path in [*self._files(), *self.folder.glob("??/*.tmp")]:

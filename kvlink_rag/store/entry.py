@@ -53,7 +53,9 @@ def pack(identity: Identity, tensors: dict[str, tuple[str, list[int]]], payload:
     return body + _digest(body)
 
 
-def verify(entry: bytearray | bytes, identity: Identity | None = None) -> tuple[dict[str, Any], memoryview]:
+def verify(
+    entry: memoryview | bytearray | bytes, identity: Identity | None = None
+) -> tuple[dict[str, Any], memoryview]:
     """Header and payload of an entry whose digest holds and which is what `identity` says.
 
     Without an identity only the entry's own consistency is checked. Raises CorruptEntry.
@@ -70,7 +72,7 @@ def verify(entry: bytearray | bytes, identity: Identity | None = None) -> tuple[
     start = _PREFIX_BYTES + header_length
     try:
         header = json.loads(bytes(view[_PREFIX_BYTES:start]))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CorruptEntry("the header is no JSON") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT_VERSION:
         raise CorruptEntry("another format version")
