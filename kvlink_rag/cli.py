@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvlink_rag.console import notes, progress_bar, read_line, say, say_plan, sa
 from kvlink_rag.errors import BadInput, KVLinkError
 
 if TYPE_CHECKING:
+    from kvlink_rag.model import LanguageModel
     from kvlink_rag.rag import KVLinkRAG
 
 app = typer.Typer(
@@ -226,17 +228,13 @@ def ttft(
     as_json: Json = False,
 ) -> None:
     """Time to first token: stored KV against a full prefill of the same context, and against the floor."""
-    from kvlink_rag.compute import compute
     from kvlink_rag.evaluation.ttft import run_ttft
-    from kvlink_rag.model import LanguageModel
 
     try:
         lengths = [int(part) for part in contexts.split(",")]
     except ValueError:
         raise BadInput(f"--contexts takes numbers like 1000,2000; got {contexts!r}") from None
-    _quiet_libraries()
-    with notes.status("loading the model"):
-        language_model = compute.run(lambda job: LanguageModel.load(model, dtype=dtype, device=device))
+    language_model = _loaded_model(model, dtype, device)
     with progress_bar() as progress:
         rows = run_ttft(language_model, lengths, repeats, progress)
     if as_json:
@@ -249,6 +247,70 @@ def ttft(
             f"{row['reduction']:>6.1%} {row['linked_over_floor']:>8.2f} {row['kv_bytes_per_token'] / 1024:>6.1f} KiB "
             f"{row['encode_tokens_per_s']:>9,.0f}/s"
         )
+
+
+@bench_app.command()
+def decode(
+    context: Annotated[int, typer.Option(help="Context length in tokens.")] = 4000,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs.", min=1)] = 5,
+    model: Model = DEFAULT_MODEL_NAME,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Decoding speed over a linked context against plain generate; peak memory of an answer."""
+    from kvlink_rag.evaluation.decode import run_decode
+
+    language_model = _loaded_model(model, dtype, device)
+    with progress_bar() as progress:
+        say(run_decode(language_model, context, repeats, progress), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[list[Path], typer.Option("--data", help="Question files (.jsonl, .jsonl.gz); repeatable.")],
+    linking: Annotated[str, typer.Option("--linking", help="Linkings to compare.")] = "full,plain,link_tokens",
+    limit: Annotated[int, typer.Option(help="Examples per file.", min=1)] = 50,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 32,
+    model: Model = DEFAULT_MODEL_NAME,
+    links: Links = None,
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Accuracy of each linking on questions with their own documents."""
+    from kvlink_rag.evaluation.answers import read_examples, run_answers
+
+    files = [(path, read_examples(path, limit)) for path in data]
+    with (
+        tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder,
+        _loaded(
+            Path(folder), model, DEFAULT_EMBEDDER_NAME, links=links, adapter=adapter, dtype=dtype, device=device
+        ) as rag,
+    ):
+        for path, examples in files:
+            with progress_bar() as progress:
+                rows = run_answers(rag, examples, linking.split(","), max_new_tokens, progress)
+            if as_json:
+                print(json.dumps({"data": path.name, "rows": rows}), flush=True)
+                continue
+            print(f"{path.name}: {len(examples)} examples")
+            for row in rows:
+                print(
+                    f"  {row['linking']:<12} accuracy {row['accuracy']:>6.1%}   exact {row['exact_match']:>6.1%}   "
+                    f"F1 {row['f1']:>6.1%}",
+                    flush=True,
+                )
+
+
+def _loaded_model(model: str, dtype: str, device: str) -> LanguageModel:
+    from kvlink_rag.compute import compute
+    from kvlink_rag.model import LanguageModel
+
+    _quiet_libraries()
+    with notes.status("loading the model"):
+        return compute.run(lambda job: LanguageModel.load(model, dtype=dtype, device=device))
 
 
 def main() -> None:

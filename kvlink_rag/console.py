@@ -90,7 +90,7 @@ def say(numbers: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(numbers))
         return
     for name, value in numbers.items():
-        print(f"{name:>12}  {value:,}")
+        print(f"{name:>24}  {value if value is None else f'{value:,}'}")
 
 
 def read_line() -> str | None:

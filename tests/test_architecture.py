@@ -25,6 +25,7 @@ LAYERS = [
     ["linking"],
     ["rag"],
     ["evaluation.answers", "evaluation.ttft"],
+    ["evaluation.decode"],
     ["console"],
     ["cli"],
 ]

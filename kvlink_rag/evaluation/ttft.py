@@ -62,15 +62,9 @@ def _report(progress: Callable[[str, int, int], None], done: int, total: int, ru
 
 
 def _measure(rag: KVLinkRAG, length: int, repeats: int, report: Callable[[int], None]) -> dict[str, Any]:
-    question = _text(rag, random.Random(length), QUESTION_TOKENS)
+    question, texts = make_texts(rag, length)
     messages: list[Message] = [{"role": "user", "content": question}]
-    scaffold = build_prompt(rag.model.tokenizer, messages, [], system=DEFAULT_SYSTEM).num_scaffold_tokens
-    around = len(rag.encoder.token_ids("a")) - 1
-    num_words = (length - scaffold) // NUM_CHUNKS - rag.links.num_per_chunk - around
-    if num_words < 4 or length >= rag.model.max_positions:
-        raise BadInput(f"a context of {length} tokens is too short for 10 chunks, or beyond {rag.model.max_positions}")
-    texts = [_text(rag, random.Random(f"{length} {number}"), num_words) for number in range(NUM_CHUNKS)]
-    encode_tokens_per_s = _fill(rag, texts)
+    encode_tokens_per_s = fill(rag, texts)
 
     full, linked, floor = [], [], []
     for run in range(repeats + 1):  # the first run warms up
@@ -97,7 +91,19 @@ def _measure(rag: KVLinkRAG, length: int, repeats: int, report: Callable[[int], 
     }
 
 
-def _fill(rag: KVLinkRAG, texts: list[str]) -> float:
+def make_texts(rag: KVLinkRAG, length: int) -> tuple[str, list[str]]:
+    """A question of 40 tokens, and 10 equal chunks that with prefix, links and question make `length` tokens."""
+    question = _text(rag, random.Random(length), QUESTION_TOKENS)
+    messages: list[Message] = [{"role": "user", "content": question}]
+    scaffold = build_prompt(rag.model.tokenizer, messages, [], system=DEFAULT_SYSTEM).num_scaffold_tokens
+    around = len(rag.encoder.token_ids("a")) - 1
+    num_words = (length - scaffold) // NUM_CHUNKS - rag.links.num_per_chunk - around
+    if num_words < 4 or length >= rag.model.max_positions:
+        raise BadInput(f"a context of {length} tokens is too short for 10 chunks, or beyond {rag.model.max_positions}")
+    return question, [_text(rag, random.Random(f"{length} {number}"), num_words) for number in range(NUM_CHUNKS)]
+
+
+def fill(rag: KVLinkRAG, texts: list[str]) -> float:
     """Encode, store and index the texts as one document's chunks; returns the rate of encoding in tokens/s."""
     ids = [rag.encoder.token_ids(text) for text in texts]
     started = time.perf_counter()
