@@ -51,7 +51,7 @@ def masked_logits(hf: Any, embeds: Tensor, documents: list[tuple[int, int]], num
             return hf(
                 inputs_embeds=embeds[None],
                 position_ids=torch.tensor([positions]),
-                attention_mask=masks,
+                attention_mask=_in_dtype(masks, embeds.dtype),
                 use_cache=False,
             ).logits[0]
     finally:
@@ -59,10 +59,11 @@ def masked_logits(hf: Any, embeds: Tensor, documents: list[tuple[int, int]], num
 
 
 def _additive(visible: list[list[bool]], positions: list[int], window: int | None) -> Tensor:
-    length = len(visible)
-    mask = torch.full((1, 1, length, length), -1e9)
-    for i in range(length):
-        for j in range(length):
-            if visible[i][j] and (window is None or positions[i] - positions[j] < window):
-                mask[0, 0, i, j] = 0.0
-    return mask
+    seen, position = torch.tensor(visible), torch.tensor(positions)
+    if window is not None:
+        seen &= position[:, None] - position[None, :] < window
+    return torch.zeros(seen.shape).masked_fill(~seen, -1e9)[None, None]
+
+
+def _in_dtype(masks: Any, dtype: torch.dtype) -> Any:
+    return {kind: mask.to(dtype) for kind, mask in masks.items()} if isinstance(masks, dict) else masks.to(dtype)

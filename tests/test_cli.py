@@ -1,0 +1,196 @@
+"""The `kvlink` command as people and scripts meet it: output, JSON forms, exit codes, one clear line per failure."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from kvlink_rag import cli
+
+CORPUS = ROOT / "examples" / "corpus"
+KVLINK = [sys.executable, "-m", "kvlink_rag.cli"]
+
+
+@pytest.fixture
+def kvlink(monkeypatch, capsys):
+    """Runs the command in this process; gives exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kvlink", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of three documents, made by the command itself."""
+    folder = tmp_path_factory.mktemp("cli") / "store"
+    paths = [str(CORPUS / name) for name in ("lighthouse.md", "bakery.md", "tram-line.md")]
+    result = subprocess.run(
+        [*KVLINK, "add", *paths, "--store", str(folder), "--json"], capture_output=True, text=True, check=True
+    )
+    assert set(json.loads(result.stdout)) >= {
+        "documents", "chunks", "tokens", "encoded_chunks", "reused_chunks", "skipped_files", "bytes", "seconds",
+        "tokens_per_s",
+    }  # fmt: skip
+    assert "MiB" in result.stderr  # what it will cost is said first
+    return folder
+
+
+def test_ask_answers_with_sources_and_times(kvlink, store):
+    code, out, err = kvlink("ask", "What is the fog horn called?", "--store", store, "--max-new-tokens", 8)
+    assert code == 0 and out.strip()
+    assert "lighthouse.md" in err and "first token after" in err and "reused" in err
+
+
+def test_ask_prints_its_json_form(kvlink, store):
+    code, out, _ = kvlink(
+        "ask", "When does the bakery open?", "--store", store, "--json", "-k", 2, "--max-new-tokens", 4
+    )
+    answer = json.loads(out)
+    assert code == 0 and len(answer["sources"]) == 2 and all(source["reused"] for source in answer["sources"])
+    assert answer["tokens"]["generated"] <= 4 and answer["linking"] == "link_tokens"
+
+
+def test_chat_remembers_and_ends_with_the_input(kvlink, store, monkeypatch):
+    lines = iter(["Who keeps the lighthouse?", "And since when?"])
+
+    def read(prompt=""):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    code, out, _ = kvlink("chat", "--store", store, "--json", "-k", 1)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [answer["question"] for answer in answers] == ["Who keeps the lighthouse?", "And since when?"]
+
+
+def test_the_store_is_looked_after_without_loading_a_model(kvlink, store):
+    code, out, _ = kvlink("store", "stats", "--store", store, "--json")
+    numbers = json.loads(out)
+    assert code == 0 and numbers["documents"] == 3 and numbers["entries"] == numbers["chunks"]
+    assert json.loads(kvlink("store", "list", "--store", store, "--json")[1])[0].endswith("bakery.md")
+    assert json.loads(kvlink("store", "verify", "--store", store, "--json")[1])["dropped"] == 0
+    assert json.loads(kvlink("store", "prune", "--store", store, "--json")[1])["pruned"] == 0
+    code, _, err = kvlink("store", "delete", "never.md", "--store", store)
+    assert code == 1 and "not in" in err
+
+
+def test_delete_then_add_again(kvlink, store):
+    path = CORPUS / "tram-line.md"
+    assert kvlink("store", "delete", path, "--store", store)[0] == 0
+    code, out, _ = kvlink("add", path, "--store", store, "--json")
+    assert code == 0 and json.loads(out)["encoded_chunks"] == json.loads(out)["chunks"]
+    report = json.loads(kvlink("add", CORPUS / "lighthouse.md", "--store", store, "--json")[1])
+    assert report["encoded_chunks"] == 0 and report["reused_chunks"] == report["chunks"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["add", "nowhere.md"], "nowhere.md: no such file"),
+        (["ask", "Why?"], "no store in"),
+        (["ask", "  "], "question is empty"),
+        (["store", "stats"], "no store in"),
+        (["bench", "ttft", "--contexts", "many"], "--contexts takes numbers"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_code_1(kvlink, tmp_path, arguments, line):
+    where = [] if arguments[0] == "bench" else ["--store", tmp_path / "new"]
+    code, out, err = kvlink(*arguments, *where)
+    assert code == 1 and out == "" and line in err and len(err.strip().splitlines()) == 1
+
+
+def test_wrong_usage_is_code_2(kvlink):
+    assert kvlink("add")[0] == 2
+    assert kvlink("ask", "Why?", "-k", "0")[0] == 2
+    assert kvlink("nonsense")[0] == 2
+
+
+def test_files_that_give_no_document_are_named_and_counted(kvlink, store, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
+    (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
+    (tmp_path / "picture.jpg").write_bytes(b"x")
+    (tmp_path / "huge.txt").write_bytes(b"word " * 10_500_000)
+    code, out, err = kvlink("add", tmp_path, "--store", store, "--json")
+    assert code == 1 and json.loads(out)["skipped_files"] == 5
+    for reason in ("holds no text", "binary", "UTF-8", "not one of", "the limit is", "nothing was added"):
+        assert reason in err
+
+
+def test_a_folder_that_is_no_store_is_refused_before_any_model_loads(kvlink, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    code, _, err = kvlink("add", CORPUS / "lighthouse.md", "--store", tmp_path)
+    assert code == 1 and "no kvlink store" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_budget_too_small_stops_before_anything_is_written(kvlink, tmp_path):
+    code, _, err = kvlink("add", CORPUS / "lighthouse.md", "--store", tmp_path / "s", "--max-gib", "0.001")
+    assert code == 1 and "are free" in err.replace("\n", " ")
+    assert json.loads(kvlink("store", "stats", "--store", tmp_path / "s", "--json")[1])["documents"] == 0
+
+
+def test_ctrl_c_in_the_middle_of_add_loses_nothing(kvlink, tmp_path):
+    """Interrupted while entries are being written; the same command then finishes the job."""
+    folder = tmp_path / "store"
+    process = subprocess.Popen([*KVLINK, "add", str(CORPUS), "--store", str(folder)], stderr=subprocess.PIPE, text=True)
+    while len(list(folder.glob("kv/??/*.kv"))) < 70 and process.poll() is None:
+        time.sleep(0.01)  # until it is well under way
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 1 and "Run the same command again" in err
+    code, out, _ = kvlink("add", CORPUS, "--store", folder, "--json")
+    report = json.loads(out)
+    assert code == 0 and 0 < report["encoded_chunks"] <= report["chunks"] - 70
+    assert json.loads(kvlink("store", "stats", "--store", folder, "--json")[1])["entries"] == report["chunks"]
+
+
+def test_eval_reads_questions_and_names_a_bad_line(kvlink, tmp_path):
+    rows = [
+        {
+            "question": "Where is the tower?",
+            "answers": ["on the hill"],
+            "documents": [{"title": "T", "text": "It is on the hill."}],
+        }
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    code, out, _ = kvlink("eval", "--data", path, "--linking", "full,link_tokens", "--max-new-tokens", 8, "--json")
+    form = json.loads(out)
+    assert code == 0 and [row["linking"] for row in form["rows"]] == ["full", "link_tokens"]
+    path.write_text(path.read_text() + "\n{}\n")
+    code, _, err = kvlink("eval", "--data", path)
+    assert code == 1 and f"{path}:2" in err.replace("\n", "")
+
+
+def test_bench_ttft_prints_its_json_form(kvlink):
+    code, out, _ = kvlink("bench", "ttft", "--contexts", "400", "--repeats", 1, "--json")
+    (row,) = json.loads(out)
+    assert code == 0 and set(row) >= {
+        "context_tokens", "full_s", "linked_s", "floor_s", "reduction", "linked_over_floor", "kv_bytes_per_token",
+        "encode_tokens_per_s",
+    }  # fmt: skip
+    assert 380 <= row["context_tokens"] <= 400
+
+
+def test_help_is_there_for_every_command(kvlink):
+    for command in ([], ["add"], ["ask"], ["chat"], ["eval"], ["store"], ["bench"], ["store", "prune"]):
+        code, out, _ = kvlink(*command, "--help")
+        assert code == 0 and "Usage: kvlink" in out
