@@ -73,7 +73,7 @@ def add(
                     f"stopped; the store holds {documents} documents. Run the same command again to finish"
                 ) from None
         for line in report.skipped:
-            notes.print(f"skipped {line}", style="yellow", markup=False)
+            notes.print(f"skipped {line}", style="yellow", markup=False, soft_wrap=True)
         if as_json:
             print(json.dumps(report.to_json()))
         else:

@@ -43,7 +43,7 @@ def load(sources: Iterable[str | Path | Document], max_bytes: int) -> Iterator[D
         for path in _files(source):
             try:
                 yield read_file(path, max_bytes)
-            except BadDocument as error:
+            except (BadDocument, MissingExtra) as error:
                 yield Skipped(str(path), str(error))
 
 

@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import sqlite3
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -762,3 +763,14 @@ def test_a_folder_that_is_missing_is_not_a_store(tmp_path):
     """The message names it."""
     with pytest.raises(NotAStore, match="nowhere"):
         VectorIndex(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.pdf", "pypdf"), ("a.html", "bs4")])
+def test_a_format_whose_reader_is_not_installed_names_the_pip_line(tmp_path, monkeypatch, name, module):
+    """The file is skipped with the line that helps; the others are read."""
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / name).write_bytes(b"<p>text</p>")
+    (tmp_path / "b.txt").write_text("text")
+    skipped, document = load([tmp_path], 1000)
+    assert "pip install 'kvlink-rag[documents]'" in skipped.reason
+    assert document.text == "text"
