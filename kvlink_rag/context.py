@@ -95,8 +95,9 @@ class Context:
     """
 
     def __init__(self, rope: Rope, buffers: ContextBuffers, num_tokens: int, room: int):
-        self._rope, self._buffers = rope, buffers
+        self._buffers = buffers
         self._memory, self._keys, self._values = buffers.take(num_tokens + room)
+        self._table = rope.forth(torch.arange(num_tokens, device=self._keys.device))
         self.num_tokens = num_tokens
         self.num_placed = 0
         self.pending: Pending | None = None
@@ -104,8 +105,7 @@ class Context:
     def place(self, kv: KV, start: int) -> None:
         """Rotate `kv` to positions start, start + 1, ... straight into the buffer."""
         stop = start + kv.num_tokens
-        positions = torch.arange(start, stop, device=self._keys.device)
-        self._rope.rotate(kv.keys.to(self._keys.device), positions, out=self._keys[:, :, start:stop])
+        self._table[start:stop].apply(kv.keys.to(self._keys.device), out=self._keys[:, :, start:stop])
         self._values[:, :, start:stop].copy_(kv.values)
         self.num_placed += kv.num_tokens
 

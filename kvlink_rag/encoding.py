@@ -79,7 +79,7 @@ class Encoder:
         rows = torch.tensor([ids], device=self.model.device)
         keys, values = self.model.encode(rows)
         unrotated = torch.empty_like(keys[:, 0])
-        self.model.rope.unrotate(keys[:, 0], torch.arange(len(ids), device=keys.device), out=unrotated)
+        self.model.rope.back(torch.arange(len(ids), device=keys.device)).apply(keys[:, 0], out=unrotated)
         return KV(unrotated, values[:, 0].clone(), ids)
 
     def _width(self, ids: tuple[int, ...]) -> int:
@@ -94,10 +94,10 @@ class Encoder:
             ids = (*self.prefix_ids, *chunks[index])
             rows[row, : len(ids)] = torch.tensor(ids)
         keys, values = self.model.encode(rows.to(self.model.device))
+        back = self.model.rope.back(torch.arange(rows.shape[1], device=keys.device))
         for row, index in enumerate(batch):
             stop = num_prefix + len(chunks[index])
-            positions = torch.arange(num_prefix, stop, device=keys.device)
             chunk_values = values[:, row, :, num_prefix:stop].clone()
             chunk_keys = torch.empty_like(keys[:, row, :, num_prefix:stop], memory_format=torch.contiguous_format)
-            self.model.rope.unrotate(keys[:, row, :, num_prefix:stop], positions, out=chunk_keys)
+            back[num_prefix:stop].apply(keys[:, row, :, num_prefix:stop], out=chunk_keys)
             yield index, KV(chunk_keys, chunk_values, chunks[index])

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvlink_rag.errors import UnsupportedModel
-from kvlink_rag.rope import Pairing, Rope, Rotation, turn, turn_back
+from kvlink_rag.rope import Pairing, Rope, Rotation, Turns
 
 NUM_PROBE_TOKENS = 12
 # Relative error of keys and values between two offsets. Rounding stays below (in bfloat16 it reaches 0.11 in the deep
@@ -238,8 +238,8 @@ def _find_rotation(
             if pairing.start == -1:
                 pairing = Pairing(trailing, pairing.num_pairs, pairing.interleaved, pairing.sign)
             before, moved = torch.empty_like(near), torch.empty_like(near)
-            turn_back(near, cos_near, sin_near, pairing, out=before)
-            turn(before, cos_far, sin_far, pairing, out=moved)
+            Turns.back(cos_near, sin_near, pairing).apply(near, out=before)
+            Turns.forth(cos_far, sin_far, pairing).apply(before, out=moved)
             trials.append((_error(moved, far), (index, pairing)))
     trials.sort(key=lambda trial: trial[0])
     return trials[0][1], trials[0][0], trials[1][0] if len(trials) > 1 else float("inf")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,7 +63,7 @@ def entry_key(fingerprint: str, token_ids: tuple[int, ...], namespace: bytes = b
 
 def token_id_bytes(token_ids: tuple[int, ...]) -> bytes:
     """Token ids as little-endian 32-bit numbers."""
-    return b"".join(token_id.to_bytes(4, "little") for token_id in token_ids)
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

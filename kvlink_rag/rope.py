@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LAYERS_AT_ONCE = 4  # what is turned at once stays in the processor's cache
+CACHED_BYTES = 2**20  # so much is turned at once, to stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -60,56 +60,86 @@ class Rotation:
     angles: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def turn(keys: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, out: Tensor) -> None:
-    """Write `keys`, turned by the given angles, into `out`.
+@dataclass(frozen=True)
+class Turns:
+    """Factors that turn keys to a run of positions: cosines and sines, each [tokens, 2 * num_pairs], float32."""
 
-    keys, out [layers, kv_heads, tokens, head_dim], any float dtype, not overlapping; cos, sin [tokens, num_pairs].
-    """
-    cos, sin = cos.float(), sin.float() * pairing.sign
-    cosines, sines = pairing.spread(cos, cos), pairing.spread(-sin, sin)  # [tokens, 2 * num_pairs]
-    span = pairing.span
-    for layers in range(0, keys.shape[0], LAYERS_AT_ONCE):
-        some = slice(layers, layers + LAYERS_AT_ONCE)
-        turned = keys[some, ..., span].float()
-        moved = pairing.partners(turned).mul_(sines).addcmul_(turned, cosines)
-        out[some, ..., span].copy_(moved)
-    for rest in (slice(0, span.start), slice(span.stop, keys.shape[-1])):
-        if rest.start < rest.stop:
-            out[..., rest].copy_(keys[..., rest])
+    pairing: Pairing
+    cosines: Tensor
+    sines: Tensor
+
+    @classmethod
+    def forth(cls, cos: Tensor, sin: Tensor, pairing: Pairing) -> Turns:
+        """To the positions of these angles; cos, sin [tokens, num_pairs]."""
+        cos, sin = cos.float(), sin.float() * pairing.sign
+        return cls(pairing, pairing.spread(cos, cos), pairing.spread(-sin, sin))
+
+    @classmethod
+    def back(cls, cos: Tensor, sin: Tensor, pairing: Pairing) -> Turns:
+        """From there to where keys stand before RoPE: the exact inverse, the angles' scale included."""
+        cos, sin = cos.float(), sin.float()
+        scale = cos.square() + sin.square()
+        return cls.forth(cos / scale, -sin / scale, pairing)
+
+    def __getitem__(self, tokens: slice) -> Turns:
+        """The factors of some of the positions."""
+        return Turns(self.pairing, self.cosines[tokens], self.sines[tokens])
+
+    def apply(self, keys: Tensor, out: Tensor) -> None:
+        """Write `keys`, turned, into `out`; both [layers, kv_heads, tokens, head_dim], not overlapping."""
+        span = self.pairing.span
+        bytes_per_layer = max(1, keys[0].numel() * 4)
+        step = max(1, CACHED_BYTES // bytes_per_layer)
+        for first in range(0, keys.shape[0], step):
+            layers = slice(first, first + step)
+            turned = keys[layers, ..., span].float()
+            moved = self.pairing.partners(turned).mul_(self.sines).addcmul_(turned, self.cosines)
+            out[layers, ..., span].copy_(moved)
+        for rest in (slice(0, span.start), slice(span.stop, keys.shape[-1])):
+            if rest.start < rest.stop:
+                out[..., rest].copy_(keys[..., rest])
 
 
-def turn_back(keys: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, out: Tensor) -> None:
-    """The exact inverse of `turn` for the same angles, their scale included."""
-    cos, sin = cos.float(), sin.float()
-    scale = cos.square() + sin.square()
-    turn(keys, cos / scale, -sin / scale, pairing, out)
+@dataclass(frozen=True)
+class RopeTable:
+    """The turns of every layer for a run of positions; layers in none of them keep their keys (NoPE)."""
+
+    turns: tuple[tuple[tuple[int, ...], Turns], ...]  # (layers, how they turn)
+    num_layers: int
+
+    def __getitem__(self, tokens: slice) -> RopeTable:
+        """The table of some of the positions."""
+        return RopeTable(tuple((layers, turns[tokens]) for layers, turns in self.turns), self.num_layers)
+
+    def apply(self, keys: Tensor, out: Tensor) -> None:
+        """Write `keys` [layers, kv_heads, tokens, head_dim] into `out`, every layer turned in its own way."""
+        still = set(range(self.num_layers))
+        for layers, turns in self.turns:
+            still -= set(layers)
+            if len(layers) == self.num_layers:  # the usual case: all layers alike
+                turns.apply(keys, out)
+                continue
+            for layer in layers:
+                turns.apply(keys[layer : layer + 1], out[layer : layer + 1])
+        for layer in still:
+            out[layer].copy_(keys[layer])
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Every layer's rotation; layers in none of them do not turn their keys (NoPE)."""
+    """Every layer's rotation, as the probe found it."""
 
     rotations: tuple[Rotation, ...]
     num_layers: int
 
-    def rotate(self, keys: Tensor, positions: Tensor, out: Tensor) -> None:
-        """Write un-rotated `keys` [layers, kv_heads, tokens, head_dim] into `out` as they stand at `positions`."""
-        self._apply(turn, keys, positions, out)
+    def forth(self, positions: Tensor) -> RopeTable:
+        """What turns un-rotated keys to `positions` [tokens]."""
+        return self._table(positions, Turns.forth)
 
-    def unrotate(self, keys: Tensor, positions: Tensor, out: Tensor) -> None:
-        """Write rotated `keys`, as the model wrote them at `positions`, into `out` as they were before RoPE."""
-        self._apply(turn_back, keys, positions, out)
+    def back(self, positions: Tensor) -> RopeTable:
+        """What turns keys, as the model wrote them at `positions`, to what they were before RoPE."""
+        return self._table(positions, Turns.back)
 
-    def _apply(self, operation: Callable[..., None], keys: Tensor, positions: Tensor, out: Tensor) -> None:
-        for rotation in self.rotations:
-            cos, sin = rotation.angles(positions)
-            if len(rotation.layers) == self.num_layers:  # the usual case: one operation for all layers
-                operation(keys, cos, sin, rotation.pairing, out)
-                continue
-            for layer in rotation.layers:
-                one = slice(layer, layer + 1)
-                operation(keys[one], cos, sin, rotation.pairing, out[one])
-        turned = {layer for rotation in self.rotations for layer in rotation.layers}
-        for layer in range(self.num_layers):
-            if layer not in turned:
-                out[layer].copy_(keys[layer])
+    def _table(self, positions: Tensor, make: Callable[[Tensor, Tensor, Pairing], Turns]) -> RopeTable:
+        turns = tuple((r.layers, make(*r.angles(positions), r.pairing)) for r in self.rotations)
+        return RopeTable(turns, self.num_layers)

@@ -69,9 +69,9 @@ def test_moved_keys_are_the_models_own_keys_at_that_position(family):
     ids = torch.arange(5, 25)[None]
     near = model.encode(ids)[0][:, 0]
     before, moved = torch.empty_like(near), torch.empty_like(near)
-    model.rope.unrotate(near, torch.arange(20), out=before)
+    model.rope.back(torch.arange(20)).apply(near, out=before)
     for offset in (1, 37, 500, 2000):
-        model.rope.rotate(before, torch.arange(20) + offset, out=moved)
+        model.rope.forth(torch.arange(20) + offset).apply(before, out=moved)
         keys = _keys_at(model, ids, offset)
         # Layer 0 shows the rotation alone; deeper layers carry the rounding of the model's own float32 angles too.
         assert (moved[0] - keys[0]).norm() / keys[0].norm() < 1e-6
