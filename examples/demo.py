@@ -15,10 +15,10 @@ from kvlink_rag import Answer, KVLinkRAG
 HERE = Path(__file__).parent
 QUESTIONS = [
     "What is the fog horn of the lighthouse called?",
-    "On what frequency does Radio Marrow transmit?",
+    "What is the morning programme of Radio Marrow called?",
     "How many vessels has the shipyard built in total?",
 ]
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -40,6 +40,11 @@ def main() -> None:
         linked = rag.ask(question, max_new_tokens=48)
         full = rag.ask(question, max_new_tokens=48, linking="full")
         show(linked, full)
+    console.print(
+        "The link tokens are not trained yet: over all 60 sample questions a full prefill still answers more of them\n"
+        "(python examples/sample_questions.py counts).",
+        style="dim",
+    )
 
 
 def show(linked: Answer, full: Answer) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvlink_rag.config import DEFAULT_STORE, GIB
+from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, GIB
 from kvlink_rag.console import notes, progress_bar, read_line, say, say_plan, say_sources, show
 from kvlink_rag.errors import BadInput, KVLinkError
 
@@ -97,7 +97,7 @@ def ask(
     dtype: Dtype = "auto",
     device: Device = "auto",
     linking: Linking = "link_tokens",
-    k: K = 5,
+    k: K = DEFAULT_K,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
@@ -145,7 +145,7 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = "auto",
     linking: Linking = "link_tokens",
-    k: K = 5,
+    k: K = DEFAULT_K,
     as_json: Json = False,
 ) -> None:
     """Ask several questions in a row; earlier turns are remembered. An empty line or Ctrl-D ends."""

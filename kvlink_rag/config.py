@@ -13,6 +13,7 @@ DEFAULT_SYSTEM = "You answer the question from the documents. Answer briefly, wi
 DEFAULT_ENCODING_PREFIX = (
     "You answer the question from the documents. Answer briefly, with the words of the documents.\n\n"
 )
+DEFAULT_K = 3  # chunks to retrieve; a small model loses its way in more
 GIB = 2**30
 
 

@@ -15,6 +15,7 @@ from kvlink_rag.chunking import chunk_text
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
     DEFAULT_ENCODING_PREFIX,
+    DEFAULT_K,
     DEFAULT_STORE,
     DEFAULT_SYSTEM,
     ChunkSettings,
@@ -174,7 +175,7 @@ class KVLinkRAG:
         self.index.save()
         return removed
 
-    def search(self, question: str, k: int = 5) -> list[Hit]:
+    def search(self, question: str, k: int = DEFAULT_K) -> list[Hit]:
         """The k chunks nearest to the question, best first; fewer if the store holds fewer."""
         if k < 1:
             raise BadInput(f"k must be at least 1, got {k}")
@@ -197,7 +198,7 @@ class KVLinkRAG:
         self,
         question: str | Sequence[Message],
         *,
-        k: int = 5,
+        k: int = DEFAULT_K,
         documents: Sequence[str | Document | Hit] | None = None,
         system: str | None = None,
         linking: str | None = None,

@@ -1,0 +1,34 @@
+"""How many of the sample corpus's 60 questions each linking answers: python examples/sample_questions.py [PREFIX]
+
+PREFIX replaces the encoding prefix; '' is none. An answer counts if the gold answer stands in it.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers.utils import logging
+
+from kvlink_rag import KVLinkRAG
+from kvlink_rag.config import DEFAULT_ENCODING_PREFIX
+from kvlink_rag.evaluation.answers import score
+
+HERE = Path(__file__).parent
+LINKINGS = ("link_tokens", "plain", "full")
+
+
+def main() -> None:
+    logging.disable_progress_bar()
+    prefix = sys.argv[1] if len(sys.argv) > 1 else DEFAULT_ENCODING_PREFIX
+    rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text("utf-8").splitlines()]
+    with tempfile.TemporaryDirectory() as folder, KVLinkRAG.load(store=folder, encoding_prefix=prefix) as rag:
+        rag.add(HERE / "corpus")
+        for linking in LINKINGS:
+            answers = [rag.ask(row["question"], k=3, linking=linking, max_new_tokens=32).text for row in rows]
+            right = sum(score(text, [row["answer"]])[0] for text, row in zip(answers, rows, strict=True))
+            print(f"{linking:<12} {right:.0f} of {len(rows)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
