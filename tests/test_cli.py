@@ -150,7 +150,12 @@ def test_a_budget_too_small_stops_before_anything_is_written(kvlink, tmp_path):
 def test_ctrl_c_in_the_middle_of_add_loses_nothing(kvlink, tmp_path):
     """Interrupted while entries are being written; the same command then finishes the job."""
     folder = tmp_path / "store"
-    process = subprocess.Popen([*KVLINK, "add", str(CORPUS), "--store", str(folder)], stderr=subprocess.PIPE, text=True)
+    # A background shell starts its children with SIGINT ignored; a terminal does not.
+    as_in_a_terminal = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import kvlink_rag.cli as c; c.main()"
+    )
+    command = [sys.executable, "-c", as_in_a_terminal, "add", str(CORPUS), "--store", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while len(list(folder.glob("kv/??/*.kv"))) < 70 and process.poll() is None:
         time.sleep(0.01)  # until it is well under way
     process.send_signal(signal.SIGINT)
