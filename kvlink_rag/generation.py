@@ -72,10 +72,10 @@ def generate(
                 input_ids=torch.tensor([[pending.last_id]], device=device),
                 attention_mask=torch.ones(1, context.num_tokens, dtype=torch.long, device=device),
                 position_ids=torch.tensor([[context.num_tokens - 1]], device=device),
-                past_key_values=context.to_cache(),
                 generation_config=config,
                 streamer=answer,
                 stopping_criteria=StoppingCriteriaList([_Stopped(answer)]),
+                **{model.cache_argument: context.to_cache()},
             )
     finally:
         handle.remove()

@@ -6,6 +6,7 @@ The only file, with `probe`, `attention` and `context`, that knows transformers'
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class LanguageModel:
         """Wrap a loaded model. `weights` is the digest of its files; without it the tensors are digested."""
         config = hf.config.get_text_config()
         self.hf = hf.eval()
+        # transformers 5.24 renamed the argument; the old name warns and ends with 5.40
+        renamed = "cache" in inspect.signature(type(hf).forward).parameters
+        self.cache_argument = "cache" if renamed else "past_key_values"
         self.tokenizer = TextTokenizer(tokenizer)
         self.name = name or type(hf).__name__
         self.end_ids = _end_ids(hf, self.tokenizer)
@@ -132,7 +136,7 @@ class LanguageModel:
         """
         cache = DynamicCache()
         positions = torch.arange(ids.shape[1], device=self.device)[None].expand(ids.shape[0], -1)
-        self.hf.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        self.hf.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{self.cache_argument: cache})
         return torch.stack([layer.keys for layer in cache.layers]), torch.stack(
             [layer.values for layer in cache.layers]
         )
@@ -144,8 +148,8 @@ class LanguageModel:
             inputs_embeds=embeds,
             position_ids=positions[None],
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self.cache_argument: cache},
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
@@ -153,7 +157,8 @@ class LanguageModel:
     def _probe_forward(self, ids: Tensor, positions: Tensor, cache: Any) -> None:
         order = torch.arange(ids.shape[1], device=self.device)
         mask = self.position_mask(order, ids.shape[1])
-        self.hf(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+        inputs = {"input_ids": ids, "position_ids": positions, self.cache_argument: cache}
+        self.hf(**inputs, attention_mask=mask, use_cache=True)
 
 
 def _end_ids(hf: Any, tokenizer: TextTokenizer) -> tuple[int, ...]:

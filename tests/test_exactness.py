@@ -156,7 +156,7 @@ def test_company_and_padding_do_not_change_a_chunks_kv():
         for kv in (together[index], backwards[len(chunks) - 1 - index]):
             assert torch.equal(alone.keys, kv.keys) and torch.equal(alone.values, kv.values)
         with torch.inference_mode():
-            unpadded = model.hf(torch.tensor([ids]), use_cache=True).past_key_values
+            unpadded = model.hf(torch.tensor([ids]), use_cache=True)[1]
         torch.testing.assert_close(alone.values[-1], unpadded.layers[-1].values[0], atol=1e-5, rtol=1e-4)
 
 

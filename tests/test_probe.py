@@ -26,7 +26,7 @@ REFUSED = {
     "recurrent": ("Mamba", {"state_size": 4}, "recurrent"),
     "convolution": ("Lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "of type conv"),
     "linear-attention-hybrid": ("Jamba", {"num_experts": 2, "mamba_d_state": 4}, "linear_attention"),
-    "fixed-table": ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "fixed table"),
+    "fixed-table": ("CodeGen", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "fixed table"),
 }  # fmt: skip
 
 
