@@ -26,7 +26,6 @@ REFUSED = {
     "recurrent": ("Mamba", {"state_size": 4}, "recurrent"),
     "convolution": ("Lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "of type conv"),
     "linear-attention-hybrid": ("Jamba", {"num_experts": 2, "mamba_d_state": 4}, "linear_attention"),
-    "fixed-table": ("CodeGen", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "fixed table"),
 }  # fmt: skip
 
 
@@ -35,6 +34,17 @@ def test_what_cannot_be_moved_is_refused_by_the_name_of_the_property(case):
     kind, options, named = REFUSED[case]
     with pytest.raises(UnsupportedModel, match=named):
         LanguageModel(build_kind(kind, **options), byte_tokenizer())
+
+
+def test_a_fixed_sinusoid_table_is_refused_until_the_model_gives_its_angles():
+    """GPT-J looks its angles up in a table; since transformers 5.24 in a rotary module, which the probe can ask."""
+    hf = build_kind("GPTJ", n_embd=64, n_layer=2, n_head=4, rotary_dim=8)
+    if not any(type(module).__name__.endswith("RotaryEmbedding") for module in hf.modules()):
+        with pytest.raises(UnsupportedModel, match="fixed table"):
+            LanguageModel(hf, byte_tokenizer())
+        return
+    (rotation,) = LanguageModel(hf, byte_tokenizer()).rope.rotations
+    assert rotation.pairing.interleaved and rotation.pairing.num_pairs == 4
 
 
 def test_length_dependent_rope_is_served_only_below_its_threshold():
