@@ -15,6 +15,7 @@ from kvlink_rag.types import AddReport, Answer, Chunk, Document, Hit, Piece, Sou
 
 if TYPE_CHECKING:
     from kvlink_rag.embedder import Embedder
+    from kvlink_rag.engine import KVLinkEngine
     from kvlink_rag.links import LinkTokens
     from kvlink_rag.model import LanguageModel
     from kvlink_rag.rag import KVLinkRAG
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _LAZY = {
     "Embedder": "kvlink_rag.embedder",
+    "KVLinkEngine": "kvlink_rag.engine",
     "KVLinkRAG": "kvlink_rag.rag",
     "LanguageModel": "kvlink_rag.model",
     "LinkTokens": "kvlink_rag.links",
@@ -35,6 +37,7 @@ __all__ = [
     "Embedder",
     "GenerationSettings",
     "Hit",
+    "KVLinkEngine",
     "KVLinkError",
     "KVLinkRAG",
     "LanguageModel",

@@ -7,10 +7,12 @@ One thread also serialises access to the model, lets any thread read a stream, a
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -25,8 +27,8 @@ class Cancelled(BaseException):
 class Job:
     """Work handed to the thread. `check` raises Cancelled once nobody waits for it any more."""
 
-    def __init__(self, work: Callable[[Job], Any]):
-        self._work = work
+    def __init__(self, work: Callable[[Job], Any], on_end: Callable[[], None] = lambda: None):
+        self._work, self._on_end = work, on_end
         self._done = threading.Event()
         self._cancelled = threading.Event()
         self._result: Any = None
@@ -49,6 +51,7 @@ class Job:
             self._error = error
         finally:
             self._done.set()
+            self._on_end()
 
     def result(self) -> Any:
         """Wait for the work. A KeyboardInterrupt while waiting cancels it, and is raised when it has stopped."""
@@ -63,8 +66,12 @@ class Job:
 
     def cancel(self) -> None:
         """Ask the work to stop and wait until it has."""
-        self._cancelled.set()
+        self.ask_to_stop()
         self._done.wait()
+
+    def ask_to_stop(self) -> None:
+        """Ask the work to stop, without waiting."""
+        self._cancelled.set()
 
 
 class ComputeThread:
@@ -86,6 +93,10 @@ class ComputeThread:
         result: T = job.result()
         return result
 
+    def submit(self, work: Callable[[Job], Any]) -> None:
+        """Begin work nobody waits for; what it raises goes with it."""
+        self._submit(Job(work))
+
     def stream(self, work: Callable[[Job, Emit[T]], None]) -> Iterator[T]:
         """Yield what work(job, emit) emits while it runs. Closing the iterator stops the work at its next emit."""
         items: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -95,12 +106,9 @@ class ComputeThread:
                 job.check()
                 items.put(item)
 
-            try:
-                work(job, emit)
-            finally:
-                items.put(_END)
+            work(job, emit)
 
-        job = Job(produce)
+        job = Job(produce, lambda: items.put(_END))
         if threading.current_thread() is self._thread:
             job.perform()
         else:
@@ -111,6 +119,40 @@ class ComputeThread:
             job.result()
         finally:
             job.cancel()
+
+    async def arun(self, work: Callable[[Job], T]) -> T:
+        """The result of work(job), with the event loop free meanwhile; a cancelled caller cancels the work."""
+
+        def produce(job: Job, emit: Emit[T]) -> None:
+            emit(work(job))
+
+        async with contextlib.aclosing(self.astream(produce)) as results:
+            return await anext(results)
+
+    async def astream(self, work: Callable[[Job, Emit[T]], None]) -> AsyncGenerator[T, None]:
+        """`stream` for an event loop, which is never blocked. Closing the iterator stops the work at its next emit."""
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[Any] = asyncio.Queue()
+
+        def produce(job: Job) -> None:
+            def emit(item: T) -> None:
+                job.check()
+                loop.call_soon_threadsafe(items.put_nowait, item)
+
+            work(job, emit)
+
+        def ended() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(items.put_nowait, _END)
+
+        job = Job(produce, ended)
+        self._submit(job)
+        try:
+            while (item := await items.get()) is not _END:
+                yield item
+            job.result()
+        finally:
+            job.ask_to_stop()
 
     def _submit(self, job: Job) -> None:
         with self._guard:

@@ -106,7 +106,10 @@ class VectorIndex:
         chunks: Sequence[IndexedChunk],
         vectors: Vectors,
     ) -> None:
-        """Index a document in one transaction, in place of an earlier version."""
+        """Index a document in one transaction, in place of an earlier version.
+
+        vectors [chunks, dim]; with dim 0 the chunks are kept but not found by `search`: somebody else finds them.
+        """
         rows = [
             (document_id, c.chunk.position, c.chunk.text, c.num_tokens, c.fingerprint, c.kv_key, vector.tobytes())
             for c, vector in zip(chunks, vectors, strict=True)
@@ -147,6 +150,23 @@ class VectorIndex:
                 [(c.num_tokens, c.fingerprint, c.kv_key, document_id, c.chunk.position) for c in chunks],
             )
             self._db.execute("COMMIT")
+
+    def texts(self) -> list[tuple[str, str]]:
+        """(document id, text) of every chunk."""
+        return list(self._db.execute("SELECT document_id, text FROM chunks ORDER BY id"))
+
+    def vectors_of(self, document_ids: Sequence[str]) -> dict[str, Vectors]:
+        """Vectors [chunks, dim] of each document that has any."""
+        query = "SELECT vector FROM chunks WHERE document_id = ? AND length(vector) > 0 ORDER BY position"
+        found = {}
+        for document_id in document_ids:
+            if rows := [row[0] for row in self._db.execute(query, (document_id,))]:
+                found[document_id] = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(len(rows), -1)
+        return found
+
+    def version(self) -> tuple[int, int]:
+        """Changes whenever the database does, by this connection or another."""
+        return self._db.total_changes, self._data_version()
 
     def live_keys(self) -> set[str]:
         """KV keys that some chunk refers to."""
@@ -241,7 +261,7 @@ class VectorIndex:
             return
         if gone:
             self._faiss.remove_ids(np.array(gone, dtype=np.int64))
-        if new:
+        if new and vectors is not None and vectors.shape[1]:
             self._faiss.add_with_ids(vectors, np.array(new, dtype=np.int64))
 
     def _loaded_faiss(self, dim: int) -> Any:
@@ -259,7 +279,7 @@ class VectorIndex:
             self._faiss = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
             return self._faiss
         index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
-        rows = self._db.execute("SELECT id, vector FROM chunks").fetchall()
+        rows = self._db.execute("SELECT id, vector FROM chunks WHERE length(vector) > 0").fetchall()
         if rows:
             vectors = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.float32).reshape(len(rows), dim)
             index.add_with_ids(vectors, np.array([row[0] for row in rows], dtype=np.int64))

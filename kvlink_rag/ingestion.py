@@ -9,20 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from kvlink_rag.chunking import split
+import numpy as np
+
+from kvlink_rag.chunking import chunk_text, split
 from kvlink_rag.config import ChunkSettings, StoreSettings
-from kvlink_rag.embedder import Embedder
+from kvlink_rag.embedder import Embedder, Vectors
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput, StoreFull
 from kvlink_rag.index import IndexedChunk, VectorIndex
 from kvlink_rag.loading import Skipped, load
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.types import AddReport, Document
+from kvlink_rag.types import AddReport, Chunk, Document
 
 GROUP_CHUNKS = 64  # documents are finished in groups of about so many chunks
 ENTRY_OVERHEAD_BYTES = 1024
@@ -53,15 +57,16 @@ class _Work:
     is_indexed: bool  # the index already holds this very content
     chunks: list[IndexedChunk] = field(default_factory=list)
     token_ids: list[tuple[int, ...]] = field(default_factory=list)
+    vector: Any = None  # of a chunk that was cut and embedded by the caller; empty: kept by none
 
 
 class Ingestion:
-    """Brings documents into one store under one recipe."""
+    """Brings documents into one store under one recipe. Without an embedder only chunks can be added."""
 
     def __init__(
         self,
         encoder: Encoder,
-        embedder: Embedder,
+        embedder: Embedder | None,
         index: VectorIndex,
         entries: DiskStore,
         kvs: KVStore,
@@ -82,13 +87,53 @@ class Ingestion:
         progress: Progress | None = None,
     ) -> AddReport:
         """Add or update documents; see `KVLinkRAG.add`."""
+        started = self._check(encode)
+        report = progress or (lambda stage, done, total: None)
+        works, skipped = self._prepare(sources, report)
+        return self._finish(works, skipped, encode, on_plan, report, started)
+
+    def add_chunks(
+        self,
+        chunks: Mapping[str, str],
+        *,
+        metadata: Mapping[str, Mapping[str, Any]],
+        vectors: Mapping[str, Sequence[float]],
+        encode: str,
+        progress: Progress | None,
+    ) -> AddReport:
+        """Add or update chunks that the caller has cut; see `KVLinkEngine.add_chunks`."""
+        started = self._check(encode)
+        works, skipped = [], []
+        for chunk_id, text in chunks.items():
+            document = Document(text, chunk_id, None, metadata.get(chunk_id, {}))
+            if problem := self._problem(document):
+                skipped.append(Skipped(chunk_id, problem))
+                continue
+            vector = np.asarray(vectors.get(chunk_id, ()), dtype=np.float32)
+            digest = self._digest(document, f"one chunk {vector.tobytes().hex()}")
+            chunk = Chunk(chunk_text(text, None), chunk_id, 0, document.metadata)
+            works.append(self._prepare_one(document, chunk_id, digest, partial(list, (chunk,))))
+            works[-1].vector = vector
+        return self._finish(works, skipped, encode, None, progress or (lambda stage, done, total: None), started)
+
+    def _check(self, encode: str) -> float:
+        """Refuse what cannot be done; when the work began."""
         if encode not in ("now", "on-first-use"):
             raise BadInput(f"encode must be 'now' or 'on-first-use', got {encode!r}")
         if self._entries.read_only:
             raise BadInput(f"the store in {self._entries.folder} cannot be written; nothing was added")
-        started = time.perf_counter()
-        report = progress or (lambda stage, done, total: None)
-        works, skipped = self._prepare(sources, report)
+        return time.perf_counter()
+
+    def _finish(
+        self,
+        works: list[_Work],
+        skipped: list[Skipped],
+        encode: str,
+        on_plan: Callable[[AddPlan], None] | None,
+        report: Progress,
+        started: float,
+    ) -> AddReport:
+        """Encode what is missing, store, index."""
         to_encode = self._missing(works) if encode == "now" else {}
         plan = self._plan(works, to_encode)
         if on_plan is not None:
@@ -126,9 +171,10 @@ class Ingestion:
             if problem := self._problem(item):
                 skipped.append(Skipped(item.id or "a document without id", problem))
                 continue
-            digest = self._digest(item)
+            digest = self._digest(item, repr(self._chunking))
             document_id = item.id or f"text-{digest[:16]}"
-            works[document_id] = self._prepare_one(item, document_id, digest)
+            cut = partial(split, item, document_id, self._count, self._chunking)
+            works[document_id] = self._prepare_one(item, document_id, digest, cut)
             report("reading", number, 0)
         return list(works.values()), skipped
 
@@ -144,7 +190,7 @@ class Ingestion:
         limit = self._limits.max_document_bytes
         return f"{size:,} bytes, the limit is {limit:,}; split it or raise max_document_bytes" if size > limit else None
 
-    def _prepare_one(self, document: Document, document_id: str, digest: str) -> _Work:
+    def _prepare_one(self, document: Document, document_id: str, digest: str, cut: Callable[[], list[Chunk]]) -> _Work:
         work = _Work(document, document_id, digest, self._index.document_digest(document_id) == digest)
         if work.is_indexed:
             work.chunks = self._index.chunks_of(document_id)
@@ -153,7 +199,7 @@ class Ingestion:
                 return work
             chunks = [indexed.chunk for indexed in work.chunks]
         else:
-            chunks = split(document, document_id, self._count, self._chunking)
+            chunks = cut()
         work.token_ids = [self._encoder.token_ids(chunk.text) for chunk in chunks]
         work.chunks = [
             IndexedChunk(chunk, len(ids), self._encoder.fingerprint, self._kvs.key(ids))
@@ -202,28 +248,36 @@ class Ingestion:
     def _index_group(self, group: Sequence[_Work]) -> None:
         """Index the group's documents and drop the KV of what they no longer hold."""
         new = [work for work in group if not work.is_indexed]
-        vectors = self._embedder.embed([c.chunk.text for work in new for c in work.chunks]) if new else None
-        start = 0
+        vectors = self._vectors(new)
         for work in group:
             old_keys = [c.kv_key for c in self._index.chunks_of(work.id)]
             if work.is_indexed:
                 if old_keys != [c.kv_key for c in work.chunks]:
                     self._index.set_keys(work.id, work.chunks)
             else:
-                assert vectors is not None
-                stop = start + len(work.chunks)
                 metadata = dict(work.document.metadata)
                 self._index.replace_document(
-                    work.id, work.digest, work.document.title, metadata, work.chunks, vectors[start:stop]
+                    work.id, work.digest, work.document.title, metadata, work.chunks, vectors[work.id]
                 )
-                start = stop
                 self._entries.delete(self._index.unreferenced(old_keys))
+
+    def _vectors(self, works: list[_Work]) -> dict[str, Vectors]:
+        """Each document's vectors [chunks, dim]: the caller's where there are such, else by the embedder."""
+        given = {work.id: np.asarray(work.vector, np.float32)[None] for work in works if work.vector is not None}
+        own = [work for work in works if work.vector is None]
+        if own:
+            assert self._embedder is not None
+            vectors = self._embedder.embed([c.chunk.text for work in own for c in work.chunks])
+            for work in own:
+                given[work.id], vectors = vectors[: len(work.chunks)], vectors[len(work.chunks) :]
+        return given
 
     def _count(self, text: str) -> int:
         """A text's length for the chunker: the longer of the model's and the embedder's reading of it.
 
         The embedder's is scaled so that a chunk that is full for the model still fits the embedder's window.
         """
+        assert self._embedder is not None
         if text not in self._counts:
             if len(self._counts) > 50_000:
                 self._counts.clear()
@@ -232,8 +286,8 @@ class Ingestion:
             self._counts[text] = max(self._encoder.model.tokenizer.count(text), int(embedder_count))
         return self._counts[text]
 
-    def _digest(self, document: Document) -> str:
-        """Digest of all that decides a document's chunks."""
+    def _digest(self, document: Document, cut: str) -> str:
+        """Digest of all that decides a document's chunks; `cut` says how it is cut."""
         try:
             metadata = json.dumps(dict(document.metadata), sort_keys=True)
         except (TypeError, ValueError) as error:
@@ -242,7 +296,7 @@ class Ingestion:
             document.text,
             document.title or "",
             metadata,
-            repr(self._chunking),
+            cut,
             self._encoder.model.tokenizer.digest,
         ]
         digest = hashlib.sha256()

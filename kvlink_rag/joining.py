@@ -40,17 +40,19 @@ def join(request: LinkRequest, links_behind: list[Tensor]) -> Context:
 
     context.place(request.prefix_kv, 0)
     position = request.prefix_kv.num_tokens
-    computed = [model.embed(prompt.history_ids)]
-    computed_positions = [torch.arange(position, position + len(prompt.history_ids))]
-    position += len(prompt.history_ids)
-    for kv, links in zip(request.kvs, links_behind, strict=True):
-        context.place(kv, position)
-        position += kv.num_tokens
-        computed.append(links)
-        computed_positions.append(torch.arange(position, position + links.shape[0]))
-        position += links.shape[0]
-    computed.append(model.embed(prompt.question_ids))
-    computed_positions.append(torch.arange(position, num_tokens))
+    computed: list[Tensor] = []
+    computed_positions: list[Tensor] = []
+    chunks = zip(request.kvs, links_behind, strict=True)
+    for part in prompt.parts:
+        if part.is_chunk:
+            kv, embeds = next(chunks)
+            context.place(kv, position)
+            position += kv.num_tokens
+        else:
+            embeds = model.embed(part.ids)
+        computed.append(embeds)
+        computed_positions.append(torch.arange(position, position + embeds.shape[0]))
+        position += embeds.shape[0]
     context.pend(
         prompt.question_ids[-1], torch.cat(computed_positions).to(model.device), embeds=torch.cat(computed)[None]
     )

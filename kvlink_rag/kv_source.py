@@ -32,17 +32,22 @@ class KVSource:
         self._prefixes[ids] = self._encoder.encode_alone(ids)
         return self._prefixes[ids], False
 
-    def load(self, chunk_ids: Sequence[tuple[int, ...]]) -> Loading:
-        """Begin to load chunks; those the store lacks are encoded at once, in batches."""
-        return Loading(self, chunk_ids)
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """The ids of a chunk's text."""
+        return self._encoder.token_ids(text)
 
-    def encode(self, chunk_ids: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], KV]:
+    def load(self, chunk_ids: Sequence[tuple[int, ...]], *, reuse: bool = True) -> Loading:
+        """Begin to load chunks; those the store lacks are encoded at once, in batches. Without reuse, all are."""
+        return Loading(self, chunk_ids, reuse)
+
+    def encode(self, chunk_ids: Sequence[tuple[int, ...]], *, keep: bool = True) -> dict[tuple[int, ...], KV]:
         """Compute and store chunks. They are used exactly as they would read back: nothing is rounded by storing."""
         wanted = list(dict.fromkeys(chunk_ids))
         encoded = {}
         for number, kv in self._encoder.encode(wanted):
             encoded[wanted[number]] = kv
-            self._keep(kv)
+            if keep:
+                self._keep(kv)
         return encoded
 
     def stored(self, ids: tuple[int, ...]) -> KV | None:
@@ -66,11 +71,13 @@ class KVSource:
 class Loading:
     """The chunks of one context on their way; iterate to get their KVs in order, one in memory at a time."""
 
-    def __init__(self, source: KVSource, chunk_ids: Sequence[tuple[int, ...]]):
+    def __init__(self, source: KVSource, chunk_ids: Sequence[tuple[int, ...]], reuse: bool):
         started = time.perf_counter()
         self._source, self._chunk_ids = source, chunk_ids
-        self._encoded = source.encode([ids for ids in chunk_ids if not source.is_stored(ids)])
+        missing = [ids for ids in chunk_ids if not (reuse and source.is_stored(ids))]
+        self._encoded = source.encode(missing, keep=reuse)
         self.seconds = time.perf_counter() - started
+        self.read_s: dict[tuple[int, ...], float] = {}
 
     def __iter__(self) -> Iterator[KV]:
         for ids in self._chunk_ids:
@@ -78,7 +85,8 @@ class Loading:
             kv = self._encoded.get(ids) or self._source.stored(ids)
             if kv is None:  # it was there, but failed verification
                 kv = self._encoded[ids] = self._source.encode([ids])[ids]
-            self.seconds += time.perf_counter() - started
+            self.read_s[ids] = time.perf_counter() - started
+            self.seconds += self.read_s[ids]
             yield kv
 
     def is_reused(self, ids: tuple[int, ...]) -> bool:

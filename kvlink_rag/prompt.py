@@ -2,39 +2,66 @@
 
     prefix | history | chunk 1 | links | chunk 2 | links | ... | question
 
-prefix: the template up to the first user's words (system message included); history: earlier turns;
-question: the user's words and the template up to the answer.
+prefix: the template up to the first user's words (system message included) or the first chunk; history: earlier
+turns; question: the user's words and the template up to the answer. A message may also hold chunks inside its words;
+they then stand there, with the text around them computed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from jinja2 import TemplateError
 
 from kvlink_rag.errors import BadInput
 from kvlink_rag.tokens import TextTokenizer
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role; content: a text, or a sequence of texts and chunks
 ROLES = ("system", "user", "assistant")
 _SLOT = "KVLINKSLOT{}X"  # stands for a message's words while the chat template is rendered
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of the prompt: a chunk, whose KV is stored, or text, which is computed."""
+
+    ids: tuple[int, ...]
+    is_chunk: bool = False
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """Token ids of one request, in order of position."""
+    """Token ids of one request, in order of position: the prefix, then the parts, of which the last is text.
+
+    place: where among the parts chunks found for the question go, right before its words.
+    """
 
     prefix_ids: tuple[int, ...]
-    history_ids: tuple[int, ...]
-    chunk_ids: tuple[tuple[int, ...], ...]
-    question_ids: tuple[int, ...]
+    parts: tuple[Part, ...]
+    place: int = 0
+
+    @property
+    def chunk_ids(self) -> tuple[tuple[int, ...], ...]:
+        """The chunks in order of position."""
+        return tuple(part.ids for part in self.parts if part.is_chunk)
+
+    @property
+    def question_ids(self) -> tuple[int, ...]:
+        """The text behind the last chunk."""
+        return self.parts[-1].ids
 
     @property
     def num_scaffold_tokens(self) -> int:
         """Tokens outside the chunks."""
-        return len(self.prefix_ids) + len(self.history_ids) + len(self.question_ids)
+        return len(self.prefix_ids) + sum(len(part.ids) for part in self.parts if not part.is_chunk)
+
+    def with_chunks(self, chunk_ids: Iterable[tuple[int, ...]]) -> Prompt:
+        """The prompt with more chunks before the question's words."""
+        chunks = tuple(Part(ids, is_chunk=True) for ids in chunk_ids)
+        return replace(self, parts=(*self.parts[: self.place], *chunks, *self.parts[self.place :]))
 
 
 def build_prompt(
@@ -42,8 +69,8 @@ def build_prompt(
 ) -> Prompt:
     """Lay out `messages`, of which the last is the user's question, with the chunks before that question.
 
-    messages are {"role", "content"}; a leading system message and `system` exclude each other.
-    Raises BadInput for messages that make no conversation.
+    messages are {"role", "content"}, where content is a text or a sequence of texts and chunks (as tuples of ids); a
+    leading system message and `system` exclude each other. Raises BadInput for messages that make no conversation.
     """
     messages = _checked(messages, system)
     rendered = _render(tokenizer, messages)
@@ -52,19 +79,53 @@ def build_prompt(
     if slots != list(range(len(messages))):
         raise BadInput("this model's chat template drops or reorders messages of this conversation")
     scaffolds = [tokenizer.scaffold_ids(text) if text else () for text in pieces[0::2]]
+    layout = _Layout()
     first_user = next(index for index, message in enumerate(messages) if message["role"] == "user")
-    runs: list[tuple[int, ...]] = []
     for index, message in enumerate(messages):
-        runs.append(scaffolds[index])
+        layout.text(scaffolds[index])
         if index == first_user:
-            prefix = _joined(runs)
-            runs = []
+            layout.end_prefix()
         if index == len(messages) - 1:
-            history = _joined(runs)
-            runs = []
-        runs.append(tokenizer.plain_ids(message["content"]))
-    runs.append(scaffolds[-1])
-    return Prompt(prefix, history, tuple(chunk_ids), _joined(runs))
+            layout.set_place()
+        for piece in message["content"]:
+            layout.text(tokenizer.plain_ids(piece)) if isinstance(piece, str) else layout.chunk(piece)
+    layout.text(scaffolds[-1])
+    return layout.prompt().with_chunks(chunk_ids)
+
+
+class _Layout:
+    """Collects a prompt from left to right."""
+
+    def __init__(self) -> None:
+        self._prefix: tuple[int, ...] | None = None
+        self._parts: list[Part] = []
+        self._run: list[int] = []
+        self._place = 0
+
+    def text(self, ids: Sequence[int]) -> None:
+        self._run.extend(ids)
+
+    def chunk(self, ids: tuple[int, ...]) -> None:
+        self.end_prefix()
+        self._end_run()
+        self._parts.append(Part(ids, is_chunk=True))
+
+    def end_prefix(self) -> None:
+        if self._prefix is None:
+            self._prefix, self._run = tuple(self._run), []
+
+    def set_place(self) -> None:
+        self._end_run()
+        self._place = len(self._parts)
+
+    def prompt(self) -> Prompt:
+        assert self._prefix is not None
+        return Prompt(self._prefix, (*self._parts, Part(tuple(self._run))), self._place)
+
+    def _end_run(self) -> None:
+        if self._run:
+            self._parts.append(Part(tuple(self._run)))
+            self._run = []
 
 
 def stop_ids(tokenizer: TextTokenizer) -> tuple[int, ...]:
@@ -78,14 +139,17 @@ def stop_ids(tokenizer: TextTokenizer) -> tuple[int, ...]:
     return ids[:1] if ids and ids[0] in tokenizer.control_ids else ()
 
 
-def _checked(messages: Sequence[Message], system: str | None) -> list[dict[str, str]]:
-    checked = []
+def _checked(messages: Sequence[Message], system: str | None) -> list[dict[str, Any]]:
+    """The messages with their content as a list of pieces, the system message first."""
+    checked: list[dict[str, Any]] = []
+    pieces: Any = None
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
+        pieces = [content] if isinstance(content, str) else content
+        if role not in ROLES or not isinstance(pieces, list) or not all(isinstance(p, str | tuple) for p in pieces):
             raise BadInput(f"a message needs a role of {', '.join(ROLES)} and a text as content; got {dict(message)!r}")
-        checked.append({"role": role, "content": content})
-    if not checked or checked[-1]["role"] != "user" or not checked[-1]["content"].strip():
+        checked.append({"role": role, "content": pieces})
+    if not checked or checked[-1]["role"] != "user" or not any(not isinstance(p, str) or p.strip() for p in pieces):
         raise BadInput("the question is empty; the last message must be the user's, with at least one word")
     if any(message["role"] == "system" for message in checked[1:]):
         raise BadInput("a system message can only be the first")
@@ -93,11 +157,11 @@ def _checked(messages: Sequence[Message], system: str | None) -> list[dict[str, 
         if system is not None:
             raise BadInput("give the system message once: in `system` or as the first message")
     elif system:
-        checked.insert(0, {"role": "system", "content": system})
+        checked.insert(0, {"role": "system", "content": [system]})
     return checked
 
 
-def _render(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> str:
+def _render(tokenizer: TextTokenizer, messages: list[dict[str, Any]]) -> str:
     """The template's text with slots in place of the messages' words."""
     slotted = [{"role": m["role"], "content": _SLOT.format(i)} for i, m in enumerate(messages)]
     if not tokenizer.hf.chat_template:
@@ -114,7 +178,3 @@ def _render(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> str:
         return str(tokenizer.hf.apply_chat_template(merged, tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
         raise BadInput(f"this model's chat template refuses the conversation: {error}") from error
-
-
-def _joined(runs: list[tuple[int, ...]]) -> tuple[int, ...]:
-    return tuple(token_id for run in runs for token_id in run)

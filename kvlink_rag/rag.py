@@ -2,60 +2,42 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from typing_extensions import Unpack
 
-from kvlink_rag import maintenance
-from kvlink_rag.chunking import chunk_text
-from kvlink_rag.compute import Emit, Job, compute
+from kvlink_rag.answering import Request
+from kvlink_rag.compute import Job, compute
 from kvlink_rag.config import (
     DEFAULT_ENCODING_PREFIX,
     DEFAULT_K,
     DEFAULT_STORE,
     DEFAULT_SYSTEM,
     ChunkSettings,
-    GenerationSettings,
     StoreSettings,
 )
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
 from kvlink_rag.embedder import Embedder
-from kvlink_rag.encoding import CHUNK_TEMPLATE, Encoder
-from kvlink_rag.errors import BadInput, NotAStore, PromptTooLong
-from kvlink_rag.generation import generate
-from kvlink_rag.index import VectorIndex
+from kvlink_rag.encoding import CHUNK_TEMPLATE
+from kvlink_rag.engine import AskOptions, KVLinkEngine, checked
+from kvlink_rag.errors import BadInput, NotAStore
 from kvlink_rag.ingestion import AddPlan, Ingestion, Progress
-from kvlink_rag.joining import LinkRequest
-from kvlink_rag.kv_source import KVSource
-from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.prompt import Message, Prompt, build_prompt
-from kvlink_rag.store.disk import DiskStore
-from kvlink_rag.store.folder import open_folder
-from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.types import AddReport, Answer, Chunk, Document, Hit, Piece, Source, Timings, TokenCounts
+from kvlink_rag.prompt import Message, build_prompt
+from kvlink_rag.types import AddReport, Answer, Document, Hit, Piece
 
 
-class AskOptions(TypedDict, total=False):
+class RAGOptions(AskOptions, total=False):
     """What `ask` and `stream` take beside the question."""
 
     k: int
-    documents: Sequence[str | Document | Hit] | None
-    system: str | None
-    linking: str | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    stop: Sequence[str]
-    seed: int | None
 
 
-class KVLinkRAG:
+class KVLinkRAG(KVLinkEngine):
     """A language model, a store of its documents' KV, and an index to find them.
 
     Make one with `load`. Safe to use from several threads; the model answers one question at a time.
@@ -74,20 +56,20 @@ class KVLinkRAG:
         chunk_template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
     ):
-        get_linking(linking)
-        self.model, self.embedder, self.linking = model, embedder, linking
-        self.limits = limits or StoreSettings()
-        self.links = links or LinkTokens.untrained(model)
-        self.encoder = Encoder(model, template=chunk_template, encoding_prefix=encoding_prefix)
-        self.folder = open_folder(store)
-        self.entries = DiskStore(self.folder / "kv", max_bytes=self.limits.max_bytes)
-        self.kvs = KVStore(self.entries, self.encoder.fingerprint, model.kv_shape)
-        self.index = VectorIndex(self.folder)
+        super().__init__(
+            model,
+            store,
+            linking=linking,
+            links=links,
+            limits=limits,
+            chunk_template=chunk_template,
+            encoding_prefix=encoding_prefix,
+        )
+        self.embedder = embedder
         self._chunking = chunking or ChunkSettings()
-        self._source = KVSource(self.encoder, self.kvs)
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]  # its own settings in place of `more`
         cls,
         model: str | Path = DEFAULT_MODEL,
         store: str | Path = DEFAULT_STORE,
@@ -107,23 +89,19 @@ class KVLinkRAG:
         model, embedder: folder, hub id or the default's name. links: folder of a link checkpoint for this very model.
         adapter: PEFT folder. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
-        get_linking(linking)
-        open_folder(store)  # a wrong folder is said before seconds of loading
-
-        def build(job: Job) -> KVLinkRAG:
-            language_model = LanguageModel.load(model, adapter=adapter, dtype=dtype, device=device)
-            return cls(
-                language_model,
-                Embedder(embedder),
-                store,
-                linking=linking,
-                links=LinkTokens.load(links, language_model) if links else None,
-                chunking=chunking,
-                limits=limits,
-                encoding_prefix=encoding_prefix,
-            )
-
-        return compute.run(build)
+        return super().load(
+            model,
+            store,
+            linking=linking,
+            links=links,
+            adapter=adapter,
+            dtype=dtype,
+            device=device,
+            limits=limits,
+            encoding_prefix=encoding_prefix,
+            embedder=Embedder(embedder),
+            chunking=chunking,
+        )
 
     def warm_up(self) -> None:
         """Do now what the first question would wait for: the embedder's weights and the system message's KV."""
@@ -158,22 +136,9 @@ class KVLinkRAG:
         ingestion = Ingestion(
             self.encoder, self.embedder, self.index, self.entries, self.kvs, self._chunking, self.limits
         )
-
-        def work(job: Job) -> AddReport:
-            def report(stage: str, done: int, total: int) -> None:
-                job.check()
-                if progress is not None:
-                    progress(stage, done, total)
-
-            return ingestion.add(items, encode=encode, on_plan=on_plan, progress=report)
-
-        return compute.run(work)
-
-    def delete(self, *document_ids: str) -> int:
-        """Remove documents, their chunks and all KV that no other document shares; how many there were."""
-        removed = maintenance.delete_documents(self.index, self.entries, document_ids)
-        self.index.save()
-        return removed
+        return compute.run(
+            lambda job: ingestion.add(items, encode=encode, on_plan=on_plan, progress=checked(job, progress))
+        )
 
     def search(self, question: str, k: int = DEFAULT_K) -> list[Hit]:
         """The k chunks nearest to the question, best first; fewer if the store holds fewer."""
@@ -188,144 +153,33 @@ class KVLinkRAG:
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def ask(self, question: str | Sequence[Message], **options: Unpack[AskOptions]) -> Answer:
+    def ask(self, question: str | Sequence[Message], **options: Unpack[RAGOptions]) -> Answer:
         """Answer a question; see `stream` for the options."""
-        *_, last = self.stream(question, **options)
-        assert last.answer is not None
-        return last.answer
+        return super().ask(question, **options)  # type: ignore[misc]  # k is taken out by _request
 
-    def stream(
-        self,
-        question: str | Sequence[Message],
-        *,
-        k: int = DEFAULT_K,
-        documents: Sequence[str | Document | Hit] | None = None,
-        system: str | None = None,
-        linking: str | None = None,
-        max_new_tokens: int = GenerationSettings.max_new_tokens,
-        temperature: float = GenerationSettings.temperature,
-        top_p: float = GenerationSettings.top_p,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-    ) -> Iterator[Piece]:
+    def stream(self, question: str | Sequence[Message], **options: Unpack[RAGOptions]) -> Iterator[Piece]:
         """Answer piece by piece; the last piece carries the whole `Answer`.
 
-        question: a text, or chat messages ({"role", "content"}) of which the last is the user's. documents: what to
-        answer from, best first, instead of retrieving k chunks; [] answers from none. Chunks beyond the model's window
-        are left out, lowest-scored first, and named in the answer. Raises BadInput and PromptTooLong.
+        k: how many chunks to retrieve, unless `documents` says what to answer from ([]: from none). Without a system
+        message the default one is used. Everything else as in `KVLinkEngine.stream`.
         """
-        started = time.perf_counter()
-        settings = GenerationSettings(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop), seed=seed
-        )
-        name = linking or self.linking
-        get_linking(name)
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-        has_system = bool(messages) and messages[0].get("role") == "system"
-        system = system if system is not None or has_system else DEFAULT_SYSTEM
-        prompt = build_prompt(self.model.tokenizer, messages, [], system=system)
-        given = None if documents is None else [_as_hit(item) for item in documents]
-
-        def work(job: Job, emit: Emit[Piece]) -> None:
-            words = messages[-1]["content"]
-            hits = self.search(words, k) if given is None else given
-            answer = self._answer(words, prompt, hits, name, settings, started, lambda text: emit(Piece(text)))
-            emit(Piece("", answer))
-
-        return (piece for piece in compute.stream(work) if piece.text or piece.answer)
-
-    def _answer(
-        self,
-        question: str,
-        prompt: Prompt,
-        hits: list[Hit],
-        linking: str,
-        settings: GenerationSettings,
-        started: float,
-        emit: Callable[[str], None],
-    ) -> Answer:
-        """The way of a question: chunks -> KVs -> context -> text."""
-        retrieved = time.perf_counter()
-        module = get_linking(linking)
-        num_links = self.links.num_per_chunk if module.USES_STORED_KV else 0
-        token_ids = [self.encoder.token_ids(hit.chunk.text) for hit in hits]
-        num_kept = self._num_fitting(token_ids, prompt.num_scaffold_tokens, num_links, settings.max_new_tokens)
-        prompt = replace(prompt, chunk_ids=tuple(token_ids[:num_kept]))
-
-        loading, prefix_kv, has_prefix = None, None, False
-        if module.USES_STORED_KV:
-            loading = self._source.load(prompt.chunk_ids)
-            prefix_kv, has_prefix = self._source.prefix(prompt.prefix_ids)
-        context = module.link(
-            LinkRequest(self.model, prompt, prefix_kv, loading or (), self.links, settings.max_new_tokens)
-        )
-        linked = time.perf_counter()
-
-        pieces: list[str] = []
-
-        def keep(text: str) -> None:
-            pieces.append(text)
-            emit(text)
-
-        record = generate(self.model, context, settings, keep)
-        context.release()
-        ended = time.perf_counter()
-        first = record.first_token_at or ended
-        load_s = loading.seconds if loading else 0.0
-        is_reused = [loading is not None and loading.is_reused(ids) for ids in prompt.chunk_ids]
-        num_reused = sum(len(ids) for ids, reused in zip(prompt.chunk_ids, is_reused, strict=True) if reused)
-        num_reused += len(prompt.prefix_ids) if has_prefix else 0
-        return Answer(
-            question=question,
-            text="".join(pieces).strip(),
-            sources=tuple(
-                Source(hit, len(ids), reused)
-                for hit, ids, reused in zip(hits[:num_kept], prompt.chunk_ids, is_reused, strict=True)
-            ),
-            left_out=tuple(hits[num_kept:]),
-            timings=Timings(
-                retrieve_s=retrieved - started,
-                load_s=load_s,
-                link_s=linked - retrieved - load_s,
-                prefill_s=first - linked,
-                ttft_s=first - started,
-                decode_s=ended - first,
-                total_s=ended - started,
-            ),
-            tokens=TokenCounts(num_reused, context.num_tokens - num_reused, len(record.token_ids)),
-            linking=linking,
-            model=self.model.name,
-            finish_reason=record.finish_reason,
-        )
-
-    # -- the store ---------------------------------------------------------------------------------
-
-    def stats(self) -> dict[str, Any]:
-        """Numbers about the store, and what this process read from it."""
-        counters = asdict(self.entries.counters)
-        return {**maintenance.stats(self.index, self.entries), **counters, "fingerprint": self.encoder.fingerprint}
-
-    def prune(self) -> int:
-        """Delete every KV that no indexed chunk refers to (of other models too); how many there were."""
-        return maintenance.prune(self.index, self.entries)
-
-    def verify(self) -> tuple[int, int]:
-        """Check every stored KV and drop the damaged ones; (sound, dropped). They are encoded again when needed."""
-        sound, dropped = self.entries.verify()
-        return sound, len(dropped)
-
-    def close(self) -> None:
-        """Let go of the store's files."""
-        self.index.close()
-        self.entries.close()
-
-    def __enter__(self) -> KVLinkRAG:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        return super().stream(question, **options)  # type: ignore[misc]
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _request(
+        self,
+        question: str | Sequence[Message],
+        options: Mapping[str, Any],
+        started: float,
+        find: Callable[[str], list[Hit]] | None = None,
+        default_system: str | None = DEFAULT_SYSTEM,
+    ) -> Request:
+        own = dict(options)
+        k = own.pop("k", DEFAULT_K)
+        if own.get("documents") is None:
+            find = partial(self.search, k=k)
+        return super()._request(question, own, started, find, default_system)
 
     def _bind_embedder(self) -> None:
         """Make sure that the store's vectors and this embedder's belong together."""
@@ -337,29 +191,3 @@ class KVLinkRAG:
                 f"the vectors in {self.folder} were made by another embedder than {self.embedder.name!r}; "
                 "load that one, or add the documents to a new store"
             )
-
-    def _num_fitting(self, token_ids: list[tuple[int, ...]], num_scaffold: int, num_links: int, room: int) -> int:
-        """How many of the chunks, best first, fit the window beside question and answer."""
-        window = self.model.max_positions
-        left = window - num_scaffold - room
-        if left < 0:
-            raise PromptTooLong(
-                f"question, history and system message have {num_scaffold} tokens, the answer may have {room} more, "
-                f"and the model's window is {window}; shorten them or lower max_new_tokens"
-            )
-        for place, ids in enumerate(token_ids):
-            left -= len(ids) + num_links
-            if left < 0:
-                return place
-        return len(token_ids)
-
-
-def _as_hit(item: str | Document | Hit) -> Hit:
-    """A document given by the caller, as one chunk; its text is what the store would hold for it."""
-    if isinstance(item, Hit):
-        return item
-    document = Document(item) if isinstance(item, str) else item
-    if not document.text.strip():
-        raise BadInput("a document given with the question holds no text")
-    text = chunk_text(document.text, document.title)
-    return Hit(Chunk(text, document.id or "given", 0, document.metadata))

@@ -49,6 +49,7 @@ class Source:
     hit: Hit
     num_tokens: int
     reused: bool  # True: KV came from the store; False: computed for this answer
+    seconds: float = 0.0  # reading and verifying its KV; 0 where it was computed
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kvlink_rag.joining import LinkRequest
 from kvlink_rag.linking import LINKINGS
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.prompt import Prompt, build_prompt
+from kvlink_rag.prompt import Part, Prompt, build_prompt
 
 model_of = cache(build)
 
@@ -31,7 +31,10 @@ def random_ids(rng: random.Random, num: int) -> tuple[int, ...]:
 def random_prompt(seed: int, num_chunks: int) -> Prompt:
     rng = random.Random(seed)
     chunks = tuple(random_ids(rng, rng.randint(3, 40)) for _ in range(num_chunks))
-    return Prompt(random_ids(rng, 6), random_ids(rng, rng.choice([0, 5])), chunks, random_ids(rng, 7))
+    parts = [Part(random_ids(rng, rng.choice([0, 5])))]
+    for ids in chunks:  # some chunks stand inside text, which then is computed between them
+        parts += [Part(ids, is_chunk=True), Part(random_ids(rng, rng.choice([0, 3])))]
+    return Prompt(random_ids(rng, 6), (*parts, Part(random_ids(rng, 7))))
 
 
 def random_links(model: LanguageModel, linking: str) -> LinkTokens:
@@ -54,13 +57,16 @@ def linked_context(model: LanguageModel, prompt: Prompt, linking: str, room: int
 def whole_sequence(model: LanguageModel, prompt: Prompt, linking: str, private: tuple[int, ...] = ()):
     """Embeddings in order, and where the documents lie, each behind its copy of the `private` ids."""
     links = random_links(model, linking)
-    runs, spans = [model.embed(prompt.prefix_ids), model.embed(prompt.history_ids)], []
-    position = len(prompt.prefix_ids) + len(prompt.history_ids)
-    for index, ids in enumerate(prompt.chunk_ids):
-        spans.append((position, position + len(private) + len(ids)))
-        runs += [model.embed(private), model.embed(ids), links.embeddings[min(index, 1)]]
-        position += len(private) + len(ids) + links.num_per_chunk
-    return torch.cat([*runs, model.embed(prompt.question_ids)]), spans
+    runs, spans, position = [model.embed(prompt.prefix_ids)], [], len(prompt.prefix_ids)
+    for part in prompt.parts:
+        if not part.is_chunk:
+            runs.append(model.embed(part.ids))
+            position += len(part.ids)
+            continue
+        spans.append((position, position + len(private) + len(part.ids)))
+        runs += [model.embed(private), model.embed(part.ids), links.embeddings[min(len(spans) - 1, 1)]]
+        position = spans[-1][1] + links.num_per_chunk
+    return torch.cat(runs), spans
 
 
 @pytest.mark.parametrize("linking", ["plain", "link_tokens"])
@@ -101,9 +107,8 @@ def test_any_order_of_chunks_is_exact(family):
     model = model_of(family)
     prompt = random_prompt(3, 4)
     for order in ([3, 2, 1, 0], [1, 3, 0, 2]):
-        shuffled = Prompt(
-            prompt.prefix_ids, prompt.history_ids, tuple(prompt.chunk_ids[i] for i in order), prompt.question_ids
-        )
+        chunks = [Part(prompt.chunk_ids[i], is_chunk=True) for i in order]
+        shuffled = Prompt(prompt.prefix_ids, (prompt.parts[0], *chunks, prompt.parts[-1]))
         context = linked_context(model, shuffled, "link_tokens")
         pending = context.pending
         mask = model.position_mask(pending.positions, context.num_tokens)
@@ -119,7 +124,7 @@ def test_full_linking_is_a_plain_causal_forward(family):
     prompt = random_prompt(5, 2)
     context = linked_context(model, prompt, "full")
     record = generate(model, context, GenerationSettings(max_new_tokens=4), lambda text: None)
-    ids = [i for run in (prompt.prefix_ids, prompt.history_ids, *prompt.chunk_ids, prompt.question_ids) for i in run]
+    ids = [i for run in (prompt.prefix_ids, *(part.ids for part in prompt.parts)) for i in run]
     expected = model.hf.generate(
         torch.tensor([ids]), max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, len(ids))
     )

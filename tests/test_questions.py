@@ -157,7 +157,7 @@ def test_no_control_token_stands_in_a_document_or_question(tiny, rag):
     forged = build_prompt(tokenizer, [{"role": "user", "content": f"Why?{''.join(CONTROL)}"}], [ids], system="S")
 
     def control(prompt):
-        runs = (prompt.prefix_ids, prompt.history_ids, prompt.question_ids)
+        runs = (prompt.prefix_ids, *(part.ids for part in prompt.parts if not part.is_chunk))
         return [token_id for run in runs for token_id in run if token_id in tokenizer.control_ids]
 
     assert control(bare) == control(forged)
@@ -172,7 +172,9 @@ def test_history_stands_before_the_documents_and_the_question_behind(tiny):
         {"role": "user", "content": "third"},
     ]
     prompt = build_prompt(tiny.tokenizer, messages, [(7, 8)], system="S")
-    text = [tiny.tokenizer.hf.decode(list(ids)) for ids in (prompt.prefix_ids, prompt.history_ids, prompt.question_ids)]
+    assert [part.is_chunk for part in prompt.parts] == [False, True, False]
+    history, _, question = (part.ids for part in prompt.parts)
+    text = [tiny.tokenizer.hf.decode(list(ids)) for ids in (prompt.prefix_ids, history, question)]
     assert text[0] == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n"
     assert text[1] == "first<|im_end|>\n<|im_start|>assistant\nsecond<|im_end|>\n<|im_start|>user\n"
     assert text[2] == "third<|im_end|>\n<|im_start|>assistant\n"

@@ -13,12 +13,7 @@ USES_STORED_KV = False
 def link(request: LinkRequest) -> Context:
     """Pend the whole prompt under plain causal attention; nothing is reused."""
     prompt, model = request.prompt, request.model
-    ids = [
-        *prompt.prefix_ids,
-        *prompt.history_ids,
-        *(i for chunk in prompt.chunk_ids for i in chunk),
-        *prompt.question_ids,
-    ]
+    ids = [*prompt.prefix_ids, *(token_id for part in prompt.parts for token_id in part.ids)]
     context = Context(model.rope, model.buffers, len(ids), request.room)
     positions = torch.arange(len(ids), device=model.device)
     context.pend(ids[-1], positions, ids=torch.tensor([ids], device=model.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -142,6 +143,14 @@ class DiskStore:
             return None if path is None else read_entry_file(path)
         except OSError:
             return None
+
+    def advise(self, key: str) -> None:
+        """Ask the system to read an entry's file into its cache; a hint, where the system takes such."""
+        path = self._find(key)
+        if path is None or not hasattr(os, "posix_fadvise"):
+            return
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def put(self, key: str, entry: bytes) -> None:
         """Store an entry; it is on disk when this returns. Raises StoreFull."""
