@@ -1,0 +1,230 @@
+"""The chat model: streams, events loops, options, figures."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.messages import AIMessageChunk, HumanMessage
+
+from langchain_kvlink import ChatKVLink, KVLinkFAISS
+
+QUESTION = "When was the lighthouse of Marrow Bay lit?"
+
+
+def whole(chunks):
+    message = AIMessageChunk("")
+    for chunk in chunks:
+        message += chunk
+    return message
+
+
+def without_times(message):
+    about = message.response_metadata
+    documents = [{**document, "seconds": 0} for document in about["kvlink"]["documents"]]
+    return about["model_name"], about["finish_reason"], documents, about["kvlink"]["tokens"], message.usage_metadata
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model as a user has it: files in a folder."""
+    from tiny_models import build_hf, byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    build_hf("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_stream_joined_is_the_invoked_answer(chat, added):
+    chat.invoke(QUESTION, documents=added)
+    invoked = chat.invoke(QUESTION, documents=added)
+    chunks = list(chat.stream(QUESTION, documents=added))
+    streamed = whole(chunks)
+    assert len(chunks) > 2
+    assert streamed.content == invoked.content != ""
+    assert without_times(streamed) == without_times(invoked)
+    assert [bool(chunk.usage_metadata) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].chunk_position == "last"
+
+
+async def test_async_answers_are_the_sync_ones(chat, added):
+    chat.invoke(QUESTION, documents=added)
+    expected = chat.invoke(QUESTION, documents=added)
+    invoked = await chat.ainvoke(QUESTION, documents=added)
+    streamed = whole([chunk async for chunk in chat.astream(QUESTION, documents=added)])
+    assert without_times(invoked) == without_times(expected) == without_times(streamed)
+    assert invoked.content == streamed.content == expected.content
+
+
+@pytest.mark.parametrize("way", ["ainvoke", "astream", "aadd_documents", "adelete"])
+async def test_the_event_loop_runs_on_while_the_model_is_busy(way, engine, chat, documents, embeddings):
+    """The model is kept busy until the loop says otherwise: were the loop blocked, nobody could."""
+    store = KVLinkFAISS(embeddings, engine)
+    free = threading.Event()
+    busy = asyncio.create_task(engine.arun(lambda: free.wait(20)))
+    await asyncio.sleep(0)
+
+    async def work():
+        if way == "astream":
+            return [chunk async for chunk in chat.astream(QUESTION)]
+        if way == "ainvoke":
+            return await chat.ainvoke(QUESTION)
+        return await (store.aadd_documents(documents) if way == "aadd_documents" else store.adelete(["lighthouse"]))
+
+    task = asyncio.create_task(work())
+    for _ in range(50):
+        await asyncio.sleep(0)
+    if way != "adelete":  # deleting needs no model
+        assert not task.done()
+    free.set()
+    assert await busy is True
+    assert await task
+
+
+async def test_eight_concurrent_calls_answer_like_serial_ones(chat, added):
+    questions = [f"Canary {number}: {QUESTION}" for number in range(8)]
+    given = [added[number % 3 :] for number in range(8)]
+    calls = [
+        {"input": question, "documents": documents, "temperature": 1.0, "seed": seed}
+        for seed, (question, documents) in enumerate(zip(questions, given, strict=True))
+    ]
+    serial = [chat.invoke(**call) for call in calls]
+    answers = await asyncio.gather(*(chat.ainvoke(**call) for call in calls))
+    assert len({answer.content for answer in serial}) == 8
+    assert [answer.content for answer in answers] == [answer.content for answer in serial]
+    for answer, documents in zip(answers, given, strict=True):
+        ids = [document["id"] for document in answer.response_metadata["kvlink"]["documents"]]
+        assert ids == [document.id for document in documents]
+
+
+async def test_closing_an_async_stream_leaves_the_model_free(chat, added):
+    async for _ in chat.astream(QUESTION, documents=added, max_tokens=500):
+        break
+    assert (await chat.ainvoke("And now?")).content
+
+
+def test_reading_everything_afresh_gives_the_same_answer(chat, added):
+    chat.invoke(QUESTION, documents=added)
+    reused = chat.invoke(QUESTION, documents=added)
+    afresh = chat.invoke(QUESTION, documents=added, reuse=False)
+    assert all(document["reused"] for document in reused.response_metadata["kvlink"]["documents"])
+    assert not any(document["reused"] for document in afresh.response_metadata["kvlink"]["documents"])
+    assert afresh.content == reused.content
+    assert afresh.usage_metadata["input_tokens"] == reused.usage_metadata["input_tokens"]
+    assert afresh.usage_metadata["input_token_details"]["cache_creation"] == 0
+
+
+def test_usage_says_what_was_stored_and_then_read(chat, engine):
+    text = "The clock tower of Marrow Bay has four faces and one hand."
+    first, second = chat.invoke(QUESTION, documents=[text]), chat.invoke(QUESTION, documents=[text])
+    tokens = len(engine.encoder.token_ids(text))
+    assert first.usage_metadata["input_token_details"]["cache_creation"] == tokens
+    assert second.usage_metadata["input_token_details"]["cache_creation"] == 0
+    assert second.usage_metadata["input_token_details"]["cache_read"] >= tokens
+    usage = second.usage_metadata
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+
+def test_a_text_given_twice_counts_once_as_stored(chat, engine):
+    text = "The clock tower of Marrow Bay has four faces and one hand."
+    usage = chat.invoke(QUESTION, documents=[text, text]).usage_metadata
+    assert usage["input_token_details"]["cache_creation"] == len(engine.encoder.token_ids(text))
+
+
+def test_the_usage_handler_adds_up_our_figures(chat, added):
+    handler = UsageMetadataCallbackHandler()
+    answers = [chat.invoke(QUESTION, documents=added, config={"callbacks": [handler]}) for _ in range(2)]
+    total = handler.usage_metadata["tiny-llama"]["input_token_details"]["cache_read"]
+    assert total == sum(answer.usage_metadata["input_token_details"]["cache_read"] for answer in answers) > 0
+
+
+def test_documents_beyond_the_window_are_left_out_and_named(chat, engine):
+    texts = [f"Chapter {number}. " + "The tide comes and goes. " * 25 for number in range(5)]
+    about = chat.invoke(QUESTION, documents=texts).response_metadata["kvlink"]
+    assert len(about["documents"]) + len(about["left_out"]) == 5
+    assert about["left_out"]
+
+
+def test_stop_ends_the_answer_at_call_time_or_by_constructor(engine):
+    free = ChatKVLink(engine=engine, max_tokens=40).invoke(QUESTION).content
+    stop = next(char for char in free[3:] if char.isascii() and char.isprintable() and not char.isspace())
+    expected = free[: free.index(stop)].strip()
+    assert ChatKVLink(engine=engine, max_tokens=40).invoke(QUESTION, stop=[stop]).content == expected
+    assert ChatKVLink(engine=engine, max_tokens=40, stop=[stop]).invoke(QUESTION).content == expected
+    assert ChatKVLink(engine=engine, max_tokens=40, stop=[stop]).invoke(QUESTION, stop=[]).content == free
+
+
+def test_sampling_options_count_at_call_time(chat):
+    sampled = [chat.invoke(QUESTION, temperature=1.0, seed=seed).content for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    short = chat.invoke(QUESTION, max_tokens=3)
+    assert short.usage_metadata["output_tokens"] == 3
+    assert short.response_metadata["finish_reason"] == "length"
+    assert chat.bind(max_new_tokens=3).invoke(QUESTION).content == short.content
+
+
+def test_max_new_tokens_is_another_name_of_max_tokens(engine):
+    assert ChatKVLink(engine=engine, max_new_tokens=7).max_tokens == 7
+
+
+def test_tokens_arrive_at_callbacks_once(chat):
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    class Collector(BaseCallbackHandler):
+        def __init__(self):
+            self.text = ""
+
+        def on_llm_new_token(self, token, **kwargs):
+            self.text += token
+
+    collector = Collector()
+    streamed = whole(chat.stream(QUESTION, config={"callbacks": [collector]}))
+    assert collector.text == streamed.content
+
+
+def test_the_cache_of_answers_is_keyed_by_the_fingerprint(engine, tiny, tmp_path):
+    from kvlink_rag import KVLinkEngine
+
+    cache = InMemoryCache()
+    chat = ChatKVLink(engine=engine, max_tokens=4, cache=cache)
+    assert chat.invoke(QUESTION).content == chat.invoke(QUESTION).content
+    assert len(cache._cache) == 1
+    assert engine.fingerprint in chat._get_llm_string()
+    with KVLinkEngine(tiny, tmp_path / "other", encoding_prefix="Read this.") as other:
+        assert ChatKVLink(engine=other)._get_llm_string() != ChatKVLink(engine=engine)._get_llm_string()
+
+
+async def test_the_cache_of_answers_works_in_async_code(engine, model_folder, tmp_path):
+    chat = ChatKVLink(model=model_folder, store=tmp_path / "lazy", max_tokens=4, cache=InMemoryCache())
+    first = await chat.ainvoke(QUESTION)
+    assert (await chat.ainvoke(QUESTION)).content == first.content
+
+
+def test_a_model_is_loaded_at_first_use_and_once(model_folder, tmp_path):
+    chat = ChatKVLink(model=model_folder, store=tmp_path / "lazy", dtype="float32", max_tokens=4)
+    assert chat._identifying_params["model"] == str(model_folder)
+    assert not (tmp_path / "lazy").exists()
+    answers = chat.batch([QUESTION] * 4)
+    assert len({answer.content for answer in answers}) == 1
+    assert chat._identifying_params["fingerprint"] == chat.shared_engine.get().fingerprint
+
+
+def test_a_vector_store_shares_the_chat_models_engine(chat, engine, embeddings):
+    store = KVLinkFAISS(embeddings, chat)
+    assert store.shared_engine.get() is engine
+    assert ChatKVLink(engine=store).shared_engine.get() is engine
+
+
+def test_tokens_are_counted_as_the_model_reads_them(chat, engine):
+    assert chat.get_num_tokens("four") == engine.model.tokenizer.count("four")
+    assert chat.profile["max_input_tokens"] == 2048
+
+
+def test_plain_chat_needs_no_documents(chat):
+    answer = chat.invoke([HumanMessage("Hello")])
+    assert answer.content
+    assert answer.response_metadata["kvlink"]["documents"] == []
