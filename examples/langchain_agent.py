@@ -7,9 +7,9 @@ from langchain.agents.middleware import wrap_model_call
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_kvlink import ChatKVLink, KVLinkVectorStore
 
 from kvlink_rag import Embedder
+from langchain_kvlink import ChatKVLink, KVLinkVectorStore
 
 HERE, EMBEDDER = Path(__file__).parent, Embedder()
 

@@ -6,9 +6,9 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
-from langchain_kvlink import ChatKVLink, KVLinkFAISS
 
 from kvlink_rag import Embedder
+from langchain_kvlink import ChatKVLink, KVLinkFAISS
 
 HERE, EMBEDDER = Path(__file__).parent, Embedder()
 PROMPT = "Answer in one short sentence.\n\n{context}\n\nQuestion: {question}"

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from llama_index.core import Document, Settings, VectorStoreIndex
 from llama_index.core.node_parser import SentenceSplitter
-
 from llama_index.llms.kvlink import KVLinkEmbedding, KVLinkIngestion, KVLinkLLM, kv_folder, prune, watch_reuse
 
 HERE = Path(__file__).parent
-STORE = kv_folder(HERE.parent / "kvlink_store" / "llama_index_chat")
+STORE = kv_folder(HERE.parent / "kvlink_store" / "llama_index")
 
 
 def main() -> None:

@@ -210,9 +210,10 @@ class VectorIndex:
 
     def set_meta(self, name: str, value: str) -> None:
         """Set a named value of the store."""
-        self._db.execute(
-            "INSERT INTO meta VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value", (name, value)
-        )
+        with self._lock:
+            self._db.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value", (name, value)
+            )
 
     def save(self) -> None:
         """Write the FAISS file, so that the next start need not rebuild it."""

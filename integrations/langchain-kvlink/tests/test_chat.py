@@ -6,11 +6,13 @@ import asyncio
 import threading
 
 import pytest
+from kvlink_rag import Piece
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessageChunk, HumanMessage
 
 from langchain_kvlink import ChatKVLink, KVLinkFAISS
+from langchain_kvlink.results import ChunkMaker
 
 QUESTION = "When was the lighthouse of Marrow Bay lit?"
 
@@ -49,6 +51,12 @@ def test_a_stream_joined_is_the_invoked_answer(chat, added):
     assert without_times(streamed) == without_times(invoked)
     assert [bool(chunk.usage_metadata) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-1].chunk_position == "last"
+
+
+def test_a_streams_outer_white_space_is_left_out_as_in_a_whole_answer():
+    maker = ChunkMaker(reuse=True)
+    chunks = [maker.chunk(Piece(text)) for text in ("\n", " The", " tide", " ", "\n", "goes", ".\n", " ")]
+    assert "".join(chunk.content for chunk in chunks if chunk) == "The tide \ngoes."
 
 
 async def test_async_answers_are_the_sync_ones(chat, added):
@@ -105,6 +113,12 @@ async def test_closing_an_async_stream_leaves_the_model_free(chat, added):
     async for _ in chat.astream(QUESTION, documents=added, max_tokens=500):
         break
     assert (await chat.ainvoke("And now?")).content
+
+
+def test_leaving_a_stream_leaves_the_model_free(chat, added):
+    for _ in chat.stream(QUESTION, documents=added, max_tokens=500):
+        break
+    assert chat.invoke("And now?").content
 
 
 def test_reading_everything_afresh_gives_the_same_answer(chat, added):

@@ -203,7 +203,7 @@ class KVLinkLLM(CustomLLM):
     def _load(self) -> KVLinkEngine:
         from kvlink_rag import KVLinkEngine
 
-        linking = {"linking": self.linking} if self.linking else {}
+        linking: dict[str, Any] = {"linking": self.linking} if self.linking else {}
         return KVLinkEngine.load(
             self.model_name,
             self.store,
@@ -216,7 +216,7 @@ class KVLinkLLM(CustomLLM):
 
     async def _aengine(self) -> KVLinkEngine:
         """The engine; loading it does not hold up the event loop."""
-        return self._engine or await asyncio.to_thread(lambda: self.engine)
+        return await asyncio.to_thread(lambda: self.engine) if self._engine is None else self._engine
 
     def _as_user(self, prompt: str, formatted: bool) -> list[dict[str, str]]:
         if not formatted and self.completion_to_prompt is not None:

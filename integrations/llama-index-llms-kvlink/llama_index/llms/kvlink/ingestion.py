@@ -34,7 +34,7 @@ class KVLinkIngestion(TransformComponent):
         is_engine = not hasattr(engine, "engine")
         if is_engine:
             engine_of(engine)  # refuses what is neither
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             model_name=engine.model.name if is_engine else engine.model_name,  # type: ignore[union-attr]
             store=str(engine.folder if is_engine else engine.store),  # type: ignore[union-attr]
             show_progress=show_progress,

@@ -20,10 +20,11 @@ REF_DOC_ID, REF_DOC_HASH, NODE_METADATA = "ref_doc_id", "ref_doc_hash", "node_me
 
 def engine_of(owner: KVLinkEngine | KVLinkLLM) -> KVLinkEngine:
     """The engine itself, or that of a KVLinkLLM (which loads its model if it has not yet)."""
-    engine: KVLinkEngine = getattr(owner, "engine", owner)
+    engine: Any = getattr(owner, "engine", owner)
     if not hasattr(engine, "add_chunks"):
         raise ValueError(f"engine must be a KVLinkLLM or a kvlink_rag.KVLinkEngine, got {type(owner).__name__}")
-    return engine
+    found: KVLinkEngine = engine
+    return found
 
 
 def kv_folder(persist_dir: str | Path) -> Path:

@@ -55,7 +55,7 @@ class KVLinkVectorStore(BasePydanticVectorStore):
         show_progress: bool = False,
     ):
         """engine: a KVLinkLLM, or the engine it was made from."""
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             vector_store=vector_store,
             stores_text=vector_store.stores_text,
             is_embedding_query=vector_store.is_embedding_query,
