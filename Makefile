@@ -30,6 +30,8 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file integrations/langchain-kvlink/pyproject.toml
+	$(BIN)/mypy --config-file integrations/llama-index-llms-kvlink/pyproject.toml
 
 bench: install
 	$(BIN)/kvlink bench ttft

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kvlink_rag import errors
-from kvlink_rag.config import ChunkSettings, GenerationSettings, StoreSettings
+from kvlink_rag.config import DEFAULT_SYSTEM, ChunkSettings, GenerationSettings, StoreSettings
 from kvlink_rag.errors import KVLinkError
 from kvlink_rag.types import AddReport, Answer, Chunk, Document, Hit, Piece, Source, Timings, TokenCounts
 
@@ -29,6 +29,7 @@ _LAZY = {
     "LinkTokens": "kvlink_rag.links",
 }
 __all__ = [
+    "DEFAULT_SYSTEM",
     "AddReport",
     "Answer",
     "Chunk",

@@ -89,6 +89,11 @@ class VectorIndex:
         """All documents, in order of id."""
         return [row[0] for row in self._db.execute("SELECT id FROM documents ORDER BY id")]
 
+    def ids_where(self, name: str, value: str) -> list[str]:
+        """Ids of the documents whose metadata holds `value` under the plain name `name`."""
+        query = "SELECT id FROM documents WHERE json_extract(metadata, ?) = ? ORDER BY id"
+        return [row[0] for row in self._db.execute(query, (f'$."{name}"', value))]
+
     def chunks_of(self, document_id: str) -> list[IndexedChunk]:
         """A document's chunks in order."""
         query = (

@@ -52,6 +52,12 @@ def test_prune_keeps_exactly_the_live_ids(engine):
     assert set(engine.entries.keys()) == live_keys(engine)
 
 
+def test_documents_are_found_by_their_metadata(engine):
+    engine.add_chunks(TWO, metadata={"a": {"ref": "x"}, "b": {"ref": 'x"'}})
+    assert engine.index.ids_where("ref", "x") == ["a"]
+    assert engine.index.ids_where("other", "x") == []
+
+
 def test_what_holds_no_text_is_skipped_and_named(engine):
     report = engine.add_chunks({"a": LIGHTHOUSE, "empty": "  "})
     assert report.documents == 1

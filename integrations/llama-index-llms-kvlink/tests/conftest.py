@@ -26,6 +26,11 @@ from llama_index.llms.kvlink import KVLinkIngestion, KVLinkLLM  # noqa: E402
 from kvlink_rag import KVLinkEngine  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """LlamaIndex's asyncio_run makes an event loop for sync callers and never closes it; not ours to fix."""
+    config.addinivalue_line("filterwarnings", "ignore:unclosed event loop:ResourceWarning")
+
+
 @pytest.fixture(scope="session")
 def model() -> Any:
     from tiny_models import build

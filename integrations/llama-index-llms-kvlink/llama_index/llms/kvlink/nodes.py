@@ -63,12 +63,8 @@ def stored_metadata(engine: KVLinkEngine, node_id: str) -> dict[str, Any]:
 
 
 def ids_of_document(engine: KVLinkEngine, ref_doc_id: str) -> list[str]:
-    """Ids of the nodes cut from a document, the document's own included where it was stored uncut."""
-    return [
-        node_id
-        for node_id in engine.document_ids()
-        if node_id == ref_doc_id or stored_metadata(engine, node_id).get(REF_DOC_ID) == ref_doc_id
-    ]
+    """Ids of the nodes cut from a document, the document's own included: it may have been stored uncut."""
+    return [ref_doc_id, *engine.index.ids_where(REF_DOC_ID, ref_doc_id)]
 
 
 def progress_bar(show: bool) -> Callable[[str, int, int], None] | None:

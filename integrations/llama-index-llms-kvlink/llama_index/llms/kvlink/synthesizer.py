@@ -20,9 +20,8 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE, TokenAsyncGen, TokenGen
 from llama_index.llms.kvlink.base import KVLinkLLM
 from llama_index.llms.kvlink.nodes import content_of
 
-from kvlink_rag import Document
+from kvlink_rag import DEFAULT_SYSTEM, Document
 
-DEFAULT_SYSTEM = "You answer the question from the documents. Answer briefly, with the words of the documents."
 DEFAULT_QUESTION = PromptTemplate("{query_str}")
 
 
