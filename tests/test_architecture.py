@@ -90,6 +90,8 @@ def test_importing_loads_nothing_heavy():
 
 
 def test_public_names_are_sorted_and_there():
-    assert kvlink_rag.__all__ == sorted(kvlink_rag.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    assert kvlink_rag.__all__ == sorted(
+        kvlink_rag.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name)
+    )
     for name in kvlink_rag.__all__:
         assert getattr(kvlink_rag, name) is not None
