@@ -35,7 +35,7 @@ def main() -> None:
     prompts = [f"{text}\n\nQuestion: when was lighthouse {n} lit?" for n, text in texts.items()]
     with tempfile.TemporaryDirectory() as folder, KVLinkEngine.load(store=folder) as engine:
         engine.add_chunks(texts)
-        chat, llm = ChatKVLink(engine=engine, max_tokens=24), KVLinkLLM(engine=engine, max_new_tokens=24)
+        chat, llm = ChatKVLink(engine=engine, max_tokens=8), KVLinkLLM(engine=engine, max_new_tokens=8)
 
         async def langchain(prompt: str) -> str:
             return (await chat.ainvoke(prompt)).text
