@@ -5,7 +5,9 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 
-from llama_index.llms.kvlink import KVLinkLLM
+from llama_index.core import Settings, VectorStoreIndex
+from llama_index.core.schema import TextNode
+from llama_index.llms.kvlink import KVLinkEmbedding, KVLinkIngestion, KVLinkLLM
 
 from kvlink_rag import KVLinkEngine
 from langchain_kvlink import ChatKVLink
@@ -13,7 +15,7 @@ from langchain_kvlink import ChatKVLink
 TEXT = "The lighthouse number {n} of the bay of Marrow was lit for the first time in the year {year}."
 
 
-async def longest_wait(ask: Callable[[str], Awaitable[str]], prompts: list[str]) -> tuple[float, list[str]]:
+async def longest_wait(ask: Callable[[str], Awaitable[str]], questions: list[str]) -> tuple[float, list[str]]:
     """The longest time in seconds between two turns of the loop that should be 1 ms apart, and the answers."""
     waits, done = [0.0], False
 
@@ -24,7 +26,7 @@ async def longest_wait(ask: Callable[[str], Awaitable[str]], prompts: list[str])
             waits.append(time.perf_counter() - before - 0.001)
 
     ticker = asyncio.create_task(turn())
-    answers = await asyncio.gather(*map(ask, prompts))
+    answers = await asyncio.gather(*map(ask, questions))
     done = True
     await ticker
     return max(waits), answers
@@ -32,20 +34,22 @@ async def longest_wait(ask: Callable[[str], Awaitable[str]], prompts: list[str])
 
 def main() -> None:
     texts = {str(n): TEXT.format(n=n, year=1800 + n) for n in range(8)}
-    prompts = [f"{text}\n\nQuestion: when was lighthouse {n} lit?" for n, text in texts.items()]
+    questions = [f"When was the lighthouse number {n} lit?" for n in texts]
     with tempfile.TemporaryDirectory() as folder, KVLinkEngine.load(store=folder) as engine:
-        engine.add_chunks(texts)
         chat, llm = ChatKVLink(engine=engine, max_tokens=8), KVLinkLLM(engine=engine, max_new_tokens=8)
+        Settings.tokenizer = llm.tokenizer
+        nodes = KVLinkIngestion(llm)([TextNode(id_=n, text=text) for n, text in texts.items()])
+        query_engine = VectorStoreIndex(nodes, embed_model=KVLinkEmbedding()).as_query_engine(llm)
 
-        async def langchain(prompt: str) -> str:
-            return (await chat.ainvoke(prompt)).text
+        async def langchain(question: str) -> str:
+            return (await chat.ainvoke(f"{'  '.join(texts.values())}\n\n{question}")).text
 
-        async def llama_index(prompt: str) -> str:
-            return (await llm.acomplete(prompt)).text
+        async def llama_index(question: str) -> str:
+            return str(await query_engine.aquery(question))
 
         for name, ask in (("LangChain", langchain), ("LlamaIndex", llama_index)):
-            serial = [asyncio.run(longest_wait(ask, [prompt]))[1][0] for prompt in prompts]
-            wait, answers = asyncio.run(longest_wait(ask, prompts))
+            serial = [asyncio.run(longest_wait(ask, [question]))[1][0] for question in questions]
+            wait, answers = asyncio.run(longest_wait(ask, questions))
             same = sum(a == b for a, b in zip(serial, answers, strict=True))
             print(f"{name}: the loop waited {wait * 1000:.1f} ms at most; {same} of 8 answers as one by one")
 

@@ -280,7 +280,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy of each linking on questions with their own documents."""
-    from kvlink_rag.evaluation.answers import read_examples, run_answers
+    from kvlink_rag.evaluation.answers import run_answers
+    from kvlink_rag.questions import read_examples
 
     files = [(path, read_examples(path, limit)) for path in data]
     with (

@@ -13,6 +13,7 @@ DEFAULT_SYSTEM = "You answer the question from the documents. Answer briefly, wi
 DEFAULT_ENCODING_PREFIX = (
     "You answer the question from the documents. Answer briefly, with the words of the documents.\n\n"
 )
+UNTRAINED = "untrained"  # in place of a link checkpoint: none, not even the one that is shipped
 DEFAULT_K = 3  # chunks to retrieve; a small model loses its way in more
 GIB = 2**30
 

@@ -109,20 +109,39 @@ class Context:
         self._values[:, :, start:stop].copy_(kv.values)
         self.num_placed += kv.num_tokens
 
-    def pend(self, last_id: int, positions: Tensor, *, embeds: Tensor | None = None, ids: Tensor | None = None) -> None:
+    def open_start(self, num_tokens: int) -> Cache:
+        """The buffer as a cache whose first update fills positions 0..num_tokens-1, with keys as the model turns them.
+
+        Whoever fills it counts as having placed them.
+        """
+        self.num_placed += num_tokens
+        return self._cache(torch.arange(num_tokens, device=self._keys.device), num_tokens)
+
+    def pend(
+        self,
+        last_id: int,
+        positions: Tensor,
+        *,
+        embeds: Tensor | None = None,
+        ids: Tensor | None = None,
+        by_reader: bool = True,
+    ) -> None:
         """Say what is still to be computed: embeds [1, computed, hidden] or ids [1, computed], at positions [computed].
 
-        last_id is the id of the last of them, the one the answer follows.
+        last_id is the id of the last of them, the one the answer follows. by_reader: with the reader's weights.
         """
         assert self.num_placed + positions.numel() == self.num_tokens
-        self.pending = Pending(last_id, positions, embeds, ids)
+        self.pending = Pending(last_id, positions, embeds, ids, by_reader)
 
     def to_cache(self) -> Cache:
         """The buffer as a transformers cache whose first update fills the pending positions."""
         assert self.pending is not None
+        return self._cache(self.pending.positions, self.num_tokens)
+
+    def _cache(self, positions: Tensor, length: int) -> Cache:
         layers = [ContextLayer(self._keys[i][None], self._values[i][None]) for i in range(len(self._keys))]
         for layer in layers:
-            layer.expect(self.pending.positions, self.num_tokens)
+            layer.expect(positions, length)
         return Cache(layers=layers)
 
     def release(self) -> None:
@@ -147,3 +166,4 @@ class Pending:
     positions: Tensor
     embeds: Tensor | None
     ids: Tensor | None
+    by_reader: bool

@@ -31,7 +31,7 @@ from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import Ingestion, Progress
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.linking import get_linking
-from kvlink_rag.links import LinkTokens
+from kvlink_rag.links import Checkpoint, LinkTokens
 from kvlink_rag.matching import ChunkMatcher, say_unmatched
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Message, build_prompt
@@ -107,19 +107,27 @@ class KVLinkEngine:
     ) -> Self:
         """Load the model and open the store.
 
-        model: folder, hub id or the default's name. links: folder of a link checkpoint for this very model.
-        adapter: PEFT folder. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
+        model: folder, hub id or the default's name. links: folder of a link checkpoint for this very model; None: the
+        one that comes with this package, if it has one for the model; "untrained": none. adapter: PEFT folder.
+        Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
         get_linking(linking)
         open_folder(store)  # a wrong folder is said before seconds of loading
 
         def build(job: Job) -> Any:
-            language_model = LanguageModel.load(model, adapter=adapter, dtype=dtype, device=device)
+            checkpoint = Checkpoint.find(model, links, adapter)
+            language_model = LanguageModel.load(
+                model,
+                adapter=adapter or (checkpoint.adapter if checkpoint else None),
+                reader=checkpoint.reader if checkpoint else None,
+                dtype=dtype,
+                device=device,
+            )
             return cls(
                 language_model,
                 store=store,
                 linking=linking,
-                links=LinkTokens.load(links, language_model) if links else None,
+                links=checkpoint.links(language_model) if checkpoint else None,
                 limits=limits,
                 encoding_prefix=encoding_prefix,
                 **more,

@@ -44,13 +44,15 @@ def generate(
         first_inputs["input_ids"] = pending.ids
     else:
         first_inputs.update(input_ids=None, inputs_embeds=pending.embeds)
+    if context.num_placed:
         first_inputs["attention_mask"] = model.position_mask(pending.positions, context.num_tokens)
 
     def hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         handle.remove()
         return args, {**kwargs, **first_inputs, "logits_to_keep": 1}
 
-    handle = model.hf.register_forward_pre_hook(hand_over, with_kwargs=True)
+    hf = model.reader if pending.by_reader else model.hf
+    handle = hf.register_forward_pre_hook(hand_over, with_kwargs=True)
     sampling = settings.temperature > 0
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -68,7 +70,7 @@ def generate(
         torch.manual_seed(settings.seed)
     try:
         with torch.inference_mode():
-            model.hf.generate(
+            hf.generate(
                 input_ids=torch.tensor([[pending.last_id]], device=device),
                 attention_mask=torch.ones(1, context.num_tokens, dtype=torch.long, device=device),
                 position_ids=torch.tensor([[context.num_tokens - 1]], device=device),

@@ -54,6 +54,9 @@ def join(request: LinkRequest, links_behind: list[Tensor]) -> Context:
         computed_positions.append(torch.arange(position, position + embeds.shape[0]))
         position += embeds.shape[0]
     context.pend(
-        prompt.question_ids[-1], torch.cat(computed_positions).to(model.device), embeds=torch.cat(computed)[None]
+        prompt.question_ids[-1],
+        torch.cat(computed_positions).to(model.device),
+        embeds=torch.cat(computed)[None],
+        by_reader=bool(prompt.chunk_ids),
     )
     return context

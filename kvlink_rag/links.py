@@ -1,27 +1,129 @@
-"""Link tokens: K trained embeddings behind each chunk that let documents see each other (KVLink, arXiv 2502.16002)."""
+"""Link tokens and the checkpoints they come in.
+
+K trained embeddings behind each chunk let documents see each other (KVLink, arXiv 2502.16002). A checkpoint is a folder:
+
+    kvlink.json          what it was trained for and how, and what was measured
+    link.safetensors     links [slots, K, hidden]
+    reader/ or adapter/  optionally a PEFT adapter: for all that is computed at question time, or for documents too
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
 from torch import Tensor
 
-from kvlink_rag.errors import CheckpointMismatch
-from kvlink_rag.model import LanguageModel
+from kvlink_rag.config import UNTRAINED
+from kvlink_rag.errors import BadInput, CheckpointMismatch
+from kvlink_rag.model import LanguageModel, model_folder, model_origin, weights_digest
 
 DEFAULT_NUM_LINKS = 5
+SHIPPED = Path(__file__).parent / "checkpoints"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, before its model is loaded."""
+
+    folder: Path
+    about: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read what a folder holds. Raises CheckpointMismatch."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "kvlink.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointMismatch(
+                f"{folder} is no link checkpoint (kvlink.json and link.safetensors): {error}"
+            ) from error
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise CheckpointMismatch(f"{folder}: kvlink.json is not of format {FORMAT}, which this version reads")
+        return cls(folder, about)
+
+    @classmethod
+    def find(
+        cls, model: str | Path, links: str | Path | None, adapter: str | Path | None = None
+    ) -> Checkpoint | None:
+        """The one that `links` names: a folder, None for the one shipped with the package, "untrained" for none.
+
+        An adapter of the caller's own makes another model, for which none is shipped. Raises CheckpointMismatch,
+        BadInput.
+        """
+        if links is None:
+            return None if adapter else cls.shipped_for(model)
+        if str(links) == UNTRAINED:
+            return None
+        checkpoint = cls.open(links)
+        if adapter and checkpoint.adapter:
+            raise BadInput(f"{links} brings an adapter of its own; leave out adapter {adapter}, or choose other links")
+        return checkpoint
+
+    @classmethod
+    def shipped_for(cls, model: str | Path) -> Checkpoint | None:
+        """The checkpoint that comes with this package for a model, if there is one."""
+        found = sorted(SHIPPED.glob("*/kvlink.json"))
+        if not found:
+            return None
+        folder = model_folder(model)
+        weights, origin = weights_digest(folder), model_origin(model)
+        checkpoints = [cls.open(path.parent) for path in found]
+        return next((checkpoint for checkpoint in checkpoints if checkpoint.is_for(weights, origin)), None)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter for everything the model reads."""
+        return self._part("adapter")
+
+    @property
+    def reader(self) -> Path | None:
+        """The adapter for what is computed at question time."""
+        return self._part("reader")
+
+    def is_for(self, weights: str, origin: str = "") -> bool:
+        """Whether it was trained on these weights, or on those that were converted from the same file."""
+        return self.about.get("base_weights") == weights or (origin != "" and self.about.get("base_origin") == origin)
+
+    def links(self, model: LanguageModel) -> LinkTokens:
+        """The link tokens. Raises CheckpointMismatch unless made for this very model."""
+        if not self.is_for(model.weights, model.origin):
+            raise CheckpointMismatch(
+                f"{self.folder} was trained for base weights {str(self.about.get('base_weights'))[:12]}, this model "
+                f"{model.name!r} has {model.weights[:12]}; load the model it was trained on, or train links anew"
+            )
+        try:
+            embeddings = load_safetensors((self.folder / "link.safetensors").read_bytes())["links"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointMismatch(f"{self.folder} holds no readable link.safetensors: {error}") from error
+        if embeddings.ndim != 3 or embeddings.shape[2] != model.hidden_size:
+            raise CheckpointMismatch(
+                f"{self.folder}: links of shape {tuple(embeddings.shape)}, hidden size {model.hidden_size}"
+            )
+        return LinkTokens(embeddings.to(device=model.device, dtype=model.dtype), str(self.folder), self.about)
+
+    def _part(self, name: str) -> Path | None:
+        return self.folder / name if (self.folder / name).is_dir() else None
 
 
 @dataclass(frozen=True)
 class LinkTokens:
-    """Embeddings [slots, K, hidden]: slot j serves the j-th chunk of a context, the last slot all further ones."""
+    """Embeddings [slots, K, hidden]: slot j serves the j-th chunk of a context, the last slot all further ones.
+
+    about: what their checkpoint says of itself.
+    """
 
     embeddings: Tensor
     name: str
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_per_chunk(self) -> int:
@@ -32,46 +134,31 @@ class LinkTokens:
         return self.embeddings[min(index, self.embeddings.shape[0] - 1)]
 
     @classmethod
-    def untrained(cls, model: LanguageModel, num_per_chunk: int = DEFAULT_NUM_LINKS) -> LinkTokens:
+    def untrained(
+        cls, model: LanguageModel, num_per_chunk: int = DEFAULT_NUM_LINKS, *, num_slots: int = 1
+    ) -> LinkTokens:
         """Links that all start as the newline token, until a trained checkpoint exists."""
         newline = model.embed(model.tokenizer.plain_ids("\n")[-1:])  # [1, hidden]
-        return cls(newline.expand(1, num_per_chunk, -1).clone(), "untrained")
+        return cls(newline.expand(num_slots, num_per_chunk, -1).clone(), UNTRAINED)
 
     @classmethod
     def load(cls, folder: str | Path, model: LanguageModel) -> LinkTokens:
-        """Read `link.safetensors` and `kvlink.json`. Raises CheckpointMismatch unless made for this very model."""
-        folder = Path(folder)
-        try:
-            about = json.loads((folder / "kvlink.json").read_text("utf-8"))
-            embeddings = load_safetensors((folder / "link.safetensors").read_bytes())["links"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointMismatch(
-                f"{folder} is no link checkpoint (kvlink.json and link.safetensors): {error}"
-            ) from error
-        if about.get("base_weights") != model.weights:
-            raise CheckpointMismatch(
-                f"{folder} was trained for base weights {str(about.get('base_weights'))[:12]}, this model "
-                f"{model.name!r} has {model.weights[:12]}; load the model it was trained on, or train links anew"
-            )
-        if embeddings.ndim != 3 or embeddings.shape[2] != model.hidden_size:
-            raise CheckpointMismatch(
-                f"{folder}: links of shape {tuple(embeddings.shape)}, hidden size {model.hidden_size}"
-            )
-        return cls(embeddings.to(device=model.device, dtype=model.dtype), str(folder))
+        """Read a checkpoint's links. Raises CheckpointMismatch unless made for this very model."""
+        return Checkpoint.open(folder).links(model)
 
-    def save(self, folder: str | Path, model: LanguageModel, about: dict[str, object] | None = None) -> None:
+    def save(self, folder: str | Path, model: LanguageModel, about: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint folder for `model`."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"links": self.embeddings.to(torch.float32).cpu().contiguous()}, folder / "link.safetensors")
         slots, per_chunk, _ = self.embeddings.shape
         written = {
-            "format": 1,
+            "format": FORMAT,
+            "base_name": model.name,
             "base_weights": model.weights,
+            "base_origin": model.origin,
             "num_link_tokens": per_chunk,
             "slots": slots,
             **(about or {}),
         }
-        (folder / "kvlink.json").write_text(json.dumps(written, indent=2), "utf-8")
+        (folder / "kvlink.json").write_text(json.dumps(written, indent=2) + "\n", "utf-8")

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvlink_rag import attention, probe
 from kvlink_rag.context import ContextBuffers
-from kvlink_rag.default_models import DEFAULT_MODEL, cache_folder, default_model_folder
+from kvlink_rag.default_models import DEFAULT_MODEL, GGUF_DIGEST, cache_folder, default_model_folder
 from kvlink_rag.errors import BadInput, CheckpointMismatch, MissingExtra, UnsupportedModel
 from kvlink_rag.kv import KVShape
 from kvlink_rag.prompt import stop_ids
@@ -30,14 +30,31 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 class LanguageModel:
-    """Weights, tokenizer and the proof that stored keys can be moved. Used from one thread at a time (`compute`)."""
+    """Weights, tokenizer and the proof that stored keys can be moved. Used from one thread at a time (`compute`).
+
+    hf reads documents. reader, where a checkpoint brings it, is the same model with other weights for what is computed
+    once a question is there: links, question and answer. Else it is hf itself.
+    """
 
     def __init__(
-        self, hf: Any, tokenizer: Any, *, name: str | None = None, weights: str | None = None, adapter: str = ""
+        self,
+        hf: Any,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        weights: str | None = None,
+        adapter: str = "",
+        reader: Any = None,
+        origin: str = "",
     ):
-        """Wrap a loaded model. `weights` is the digest of its files; without it the tensors are digested."""
+        """Wrap a loaded model.
+
+        weights is the digest of its files; without it the tensors are digested. origin is that of the file they were
+        converted from, if any.
+        """
         config = hf.config.get_text_config()
         self.hf = hf.eval()
+        self.reader = self.hf if reader is None else reader.eval()
         # transformers 5.24 renamed the argument; the old name warns and ends with 5.40
         renamed = "cache" in inspect.signature(type(hf).forward).parameters
         self.cache_argument = "cache" if renamed else "past_key_values"
@@ -45,12 +62,14 @@ class LanguageModel:
         self.name = name or type(hf).__name__
         self.end_ids = _end_ids(hf, self.tokenizer)
         self.weights = weights or _tensor_digest(hf)
+        self.origin = origin
         self.adapter = adapter
         self.config_digest = config_digest(config.to_dict())
         self._windows = _windows(config)
         if hf.config._attn_implementation == "sdpa":
             attention.register()
-            hf.set_attn_implementation(attention.GROUPED_SDPA)
+            for weights_of in (self.hf, self.reader):
+                weights_of.set_attn_implementation(attention.GROUPED_SDPA)
         proof = probe.prove(hf, self._probe_forward)
         self.rope = proof.rope
         self.max_positions = proof.max_positions
@@ -65,30 +84,40 @@ class LanguageModel:
         model: str | Path = DEFAULT_MODEL,
         *,
         adapter: str | Path | None = None,
+        reader: str | Path | None = None,
         dtype: str = "auto",
         device: str = "auto",
     ) -> LanguageModel:
         """Load by folder, hub id, or the name of the default model.
 
-        adapter is a PEFT folder, merged in float32. dtype is "auto" (bfloat16 where the hardware has it, else float32),
+        adapter is a PEFT folder, merged in float32; reader another, merged into a copy that never reads documents and
+        shares with the first what the adapter leaves alone. dtype is "auto" (bfloat16 where the hardware has it, else float32),
         "float32", "bfloat16" or "float16"; device "auto", "cpu", "cuda" or "mps".
         Raises UnsupportedModel, MissingModel or BadInput.
         """
-        folder = default_model_folder() if str(model) == DEFAULT_MODEL else _model_folder(str(model))
+        folder = model_folder(model)
         target = torch.device(_resolve_device(device))
         wanted = _resolve_dtype(dtype, target)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        first = torch.float32 if adapter else wanted
-        try:
-            hf = AutoModelForCausalLM.from_pretrained(folder, dtype=first, use_safetensors=True, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UnsupportedModel(f"{model}: cannot be loaded as a causal language model: {error}") from error
         adapter_digest = ""
-        if adapter is not None:
+        if adapter is None:
+            hf = _load_weights(folder, wanted).to(target)
+        else:
             adapter_digest = folder_digest(Path(adapter), ("*.safetensors", "adapter_config.json"), _digest_cache())
-            hf = _merge_adapter(hf, Path(adapter)).to(wanted)
-        weights = folder_digest(folder, _WEIGHT_FILES, _digest_cache())
-        return cls(hf.to(target), tokenizer, name=str(model), weights=weights, adapter=adapter_digest)
+            hf = _merge_adapter(_load_weights(folder, torch.float32), Path(adapter)).to(device=target, dtype=wanted)
+        reading = None
+        if reader is not None:
+            reading = _merge_adapter(_load_weights(folder, torch.float32), Path(reader)).to(device=target, dtype=wanted)
+            _share_equal(reading, hf)
+        return cls(
+            hf,
+            tokenizer,
+            name=str(model),
+            weights=weights_digest(folder),
+            adapter=adapter_digest,
+            reader=reading,
+            origin=model_origin(model),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,15 +146,16 @@ class LanguageModel:
         return self.mask_from(distance >= 0, distance)
 
     def mask_from(self, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
-        """Additive masks from `visible` [queries, keys], narrowed to each layer type's window.
+        """Additive masks from `visible` [(batch,) queries, keys], narrowed to each layer type's window.
 
-        distance [queries, keys] is query position minus key position.
+        distance [(batch,) queries, keys] is query position minus key position. Returns [batch, 1, queries, keys].
         """
         masks = {}
         for kind, window in self._windows.items():
             seen = visible if window is None else visible & (distance < window)
             mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-            masks[kind] = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[None, None]
+            mask = mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
+            masks[kind] = mask[:, None] if mask.ndim == 3 else mask[None, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @torch.inference_mode()
@@ -142,9 +172,15 @@ class LanguageModel:
         )
 
     @torch.inference_mode()
+    def read(self, ids: Tensor, cache: Cache) -> None:
+        """Run ids [1, tokens] from position 0 on under plain causal attention, for the KV they leave in `cache`."""
+        positions = torch.arange(ids.shape[1], device=self.device)[None]
+        self.hf.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{self.cache_argument: cache})
+
+    @torch.inference_mode()
     def logits(self, embeds: Tensor, positions: Tensor, mask: Any, cache: Cache | None = None) -> Tensor:
-        """Logits [tokens, vocabulary] of one forward over embeds [1, tokens, hidden] at positions [tokens]."""
-        output = self.hf(
+        """The reader's logits [tokens, vocabulary] over embeds [1, tokens, hidden] at positions [tokens]."""
+        output = self.reader(
             inputs_embeds=embeds,
             position_ids=positions[None],
             attention_mask=mask,
@@ -177,7 +213,37 @@ def _windows(config: Any) -> dict[str, int | None]:
     return {kind: int(window) if kind == "sliding_attention" and window else None for kind in sorted(kinds)}
 
 
-def _model_folder(model: str) -> Path:
+def model_folder(model: str | Path) -> Path:
+    """Where a model's files lie, by folder, hub id or the default's name. Raises BadInput, MissingModel."""
+    return default_model_folder() if str(model) == DEFAULT_MODEL else _found_folder(str(model))
+
+
+def model_origin(model: str | Path) -> str:
+    """Digest of the file that the default model is converted from; "" for others."""
+    return GGUF_DIGEST if str(model) == DEFAULT_MODEL else ""
+
+
+def weights_digest(folder: Path) -> str:
+    """Digest of a model's weight files."""
+    return folder_digest(folder, _WEIGHT_FILES, _digest_cache())
+
+
+def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(f"{folder}: cannot be loaded as a causal language model: {error}") from error
+
+
+def _share_equal(copy: Any, original: Any) -> None:
+    """Let `copy` use the tensors of `original` wherever they are the same: what an adapter left alone is held once."""
+    originals = dict(original.named_parameters(remove_duplicate=False))
+    for name, parameter in copy.named_parameters(remove_duplicate=False):
+        if torch.equal(parameter, originals[name]):
+            parameter.data = originals[name].data
+
+
+def _found_folder(model: str) -> Path:
     if Path(model).is_dir():
         if not (Path(model) / "config.json").exists():
             raise BadInput(f"{model} holds no config.json; give the folder of a Hugging Face model")

@@ -49,6 +49,11 @@ class Prompt:
         return tuple(part.ids for part in self.parts if part.is_chunk)
 
     @property
+    def ids(self) -> tuple[int, ...]:
+        """All of it."""
+        return (*self.prefix_ids, *(token_id for part in self.parts for token_id in part.ids))
+
+    @property
     def question_ids(self) -> tuple[int, ...]:
         """The text behind the last chunk."""
         return self.parts[-1].ids

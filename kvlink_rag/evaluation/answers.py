@@ -1,50 +1,21 @@
 """Answer quality by linking: the same questions over the same documents, one arm per linking.
 
-Data: one JSON object a line (.jsonl or .jsonl.gz) with `question`, `answers` and `documents` of `title` and `text`.
 Accuracy is KVLink's (arXiv 2502.16002): a normalised gold answer is a substring of the normalised prediction.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kvlink_rag.errors import BadInput
+from kvlink_rag.questions import Example
 from kvlink_rag.rag import KVLinkRAG
-from kvlink_rag.types import Document
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A question, its accepted answers, and the documents to answer from."""
-
-    question: str
-    answers: tuple[str, ...]
-    documents: tuple[Document, ...]
-
-
-def read_examples(path: Path, limit: int) -> list[Example]:
-    """The first `limit` examples of a file. Raises BadInput naming file and line."""
-    examples: list[Example] = []
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if len(examples) == limit:
-                    break
-                examples.append(_example(line, f"{path}:{number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from error
-    return examples
 
 
 def run_answers(
@@ -95,15 +66,6 @@ def _f1(prediction: str, answer: str) -> float:
         return 0.0
     precision, recall = common / len(prediction.split()), common / len(answer.split())
     return 2 * precision * recall / (precision + recall)
-
-
-def _example(line: str, where: str) -> Example:
-    try:
-        row = json.loads(line)
-        documents = tuple(Document(item["text"], title=item.get("title")) for item in row["documents"])
-        return Example(row["question"], tuple(row["answers"]), documents)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{where}: not an example with question, answers and documents ({error!r})") from error
 
 
 def _mean(values: list[float]) -> float:

@@ -11,10 +11,17 @@ USES_STORED_KV = False
 
 
 def link(request: LinkRequest) -> Context:
-    """Pend the whole prompt under plain causal attention; nothing is reused."""
+    """Pend the whole prompt under plain causal attention; nothing is reused.
+
+    Where the model has a reader, documents are read without it, here as everywhere: two forwards in place of one.
+    """
     prompt, model = request.prompt, request.model
-    ids = [*prompt.prefix_ids, *(token_id for part in prompt.parts for token_id in part.ids)]
-    context = Context(model.rope, model.buffers, len(ids), request.room)
-    positions = torch.arange(len(ids), device=model.device)
-    context.pend(ids[-1], positions, ids=torch.tensor([ids], device=model.device))
+    ids = torch.tensor([prompt.ids], device=model.device)
+    context = Context(model.rope, model.buffers, ids.shape[1], request.room)
+    num_read = 0
+    if prompt.chunk_ids and model.reader is not model.hf:
+        num_read = ids.shape[1] - len(prompt.question_ids)
+        model.read(ids[:, :num_read], context.open_start(num_read))
+    positions = torch.arange(num_read, ids.shape[1], device=model.device)
+    context.pend(prompt.question_ids[-1], positions, ids=ids[:, num_read:], by_reader=bool(prompt.chunk_ids))
     return context

@@ -30,11 +30,7 @@ def store(request, engine, embeddings):
     return KVLinkVectorStore(InMemoryVectorStore(embeddings), engine)
 
 
-@pytest.mark.parametrize(
-    ("store", "cleanup"),
-    [("wrapped", None), ("wrapped", "incremental"), ("wrapped", "full"), ("wrapped", "scoped_full"), ("faiss", "full")],
-    indirect=["store"],
-)
+@pytest.mark.parametrize("cleanup", [None, "incremental", "full", "scoped_full"])
 def test_kv_is_exactly_that_of_live_chunks(store, engine, cleanup):
     """Add 200, update 50, delete 50, by LangChain's own indexing."""
     records = InMemoryRecordManager("notes")

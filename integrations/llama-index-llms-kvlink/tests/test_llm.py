@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,3 +223,11 @@ def test_importing_loads_no_torch(environment: dict[str, str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+async def test_loading_on_an_event_loop_is_told(tmp_path: Path) -> None:
+    """LlamaIndex asks for the window without awaiting; a model not loaded by then would block everybody unseen."""
+    llm = KVLinkLLM(model_name=str(tmp_path), store=tmp_path / "kv")
+    with pytest.warns(UserWarning, match="llm.engine"), pytest.raises(BadInput):
+        llm.metadata  # noqa: B018
+    assert KVLinkLLM(context_window=2048).metadata.context_window == 2048

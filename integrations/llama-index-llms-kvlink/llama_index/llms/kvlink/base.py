@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,12 @@ class KVLinkLLM(CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """The model's window and name; loads the model unless `context_window` is given."""
+        if self.context_window is None and self._engine is None and _in_event_loop():
+            warnings.warn(
+                "KVLinkLLM loads its model on the event loop, because LlamaIndex asked for its context window; read "
+                "`llm.engine` before the loop starts, or give `context_window`",
+                stacklevel=2,
+            )
         return LLMMetadata(
             context_window=self.context_window or self.engine.model.max_positions,
             num_output=self.max_new_tokens,
@@ -231,6 +238,15 @@ class KVLinkLLM(CustomLLM):
             )
         options = {"linking": self.linking, **{name: getattr(self, name) for name in _FROM_SELF}, **given}
         return {**options, "documents": as_documents(given.get("documents") or ())}
+
+
+def _in_event_loop() -> bool:
+    """Whether this thread runs an event loop, which loading a model would hold up."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _assistant(text: str) -> ChatMessage:

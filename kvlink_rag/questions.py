@@ -1,0 +1,79 @@
+"""Questions with their documents, as evaluation and training read them.
+
+One JSON object a line (.jsonl or .jsonl.gz) with `question`, `answers` and `documents`, each of those with `title` and
+`text`, or with `passage`, an id whose title and text stand in a passage file; `is_gold` says whether it supports the
+answer.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvlink_rag.errors import BadInput
+from kvlink_rag.types import Document
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, its accepted answers, and the documents to answer from."""
+
+    question: str
+    answers: tuple[str, ...]
+    documents: tuple[Document, ...]
+    gold: frozenset[int] = frozenset()  # places of the documents that support the answer; empty where unknown
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line's place ("file:line") and value. Raises BadInput naming it."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}:{number}"
+                try:
+                    yield where, json.loads(line)
+                except ValueError as error:
+                    raise BadInput(f"{where}: no JSON ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+
+
+def read_examples(
+    path: Path, limit: int | None = None, passages: Mapping[str, Document] | None = None
+) -> list[Example]:
+    """The first `limit` examples of a file. Raises BadInput naming file and line."""
+    examples: list[Example] = []
+    for where, row in json_lines(path):
+        if len(examples) == limit:
+            break
+        try:
+            found = [_document(item, passages or {}, where) for item in row["documents"]]
+            gold = frozenset(place for place, item in enumerate(row["documents"]) if item.get("is_gold"))
+            examples.append(Example(row["question"], tuple(row["answers"]), tuple(found), gold))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{where}: not an example with question, answers and documents ({error!r})") from error
+    return examples
+
+
+def read_passages(paths: Iterable[Path]) -> dict[str, Document]:
+    """Passages by id. Raises BadInput naming file and line."""
+    passages = {}
+    for path in paths:
+        for where, row in json_lines(path):
+            try:
+                passages[row["id"]] = Document(row["text"], title=row.get("title"))
+            except (KeyError, TypeError) as error:
+                raise BadInput(f"{where}: not a passage with id and text ({error!r})") from error
+    return passages
+
+
+def _document(item: dict[str, Any], passages: Mapping[str, Document], where: str) -> Document:
+    if "passage" not in item:
+        return Document(item["text"], title=item.get("title"))
+    if item["passage"] not in passages:
+        raise BadInput(f"{where}: passage {item['passage']!r} is in none of the passage files; give its file too")
+    return passages[item["passage"]]

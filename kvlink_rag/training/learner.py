@@ -1,0 +1,159 @@
+"""The module that is trained: link embeddings, and an adapter where one is wanted, around a model.
+
+What is read before any question (prefix and chunks) comes in one of two ways. Where training does not change it, its
+KV is computed once, without gradients, and may come from a store: a step then costs little more than links, questions
+and answers. Where it is trained, all of it runs through the model under KVLink's mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from kvlink_rag.kv_source import KVSource
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.model import LanguageModel
+from kvlink_rag.training.layout import Layout
+
+TRAINABLE = ("links", "reader", "lora", "full")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One context with its turns. linked: under the student's mask; teacher: the same turns after a full prefill."""
+
+    prefix_ids: tuple[int, ...]
+    chunk_ids: tuple[tuple[int, ...], ...]
+    linked: Layout
+    teacher: Layout | None
+
+
+class Learner(nn.Module):
+    """Links [slots * K, hidden] in float32, and the model with what of it is trained.
+
+    trainable: "links" (nothing else), "reader" (an adapter for all that is computed at question time), "lora" (an
+    adapter for documents too) or "full" (all weights).
+    """
+
+    def __init__(self, model: LanguageModel, source: KVSource, links: LinkTokens, *, trainable: str, lora: Any = None):
+        super().__init__()
+        self.model, self.source, self.trainable = model, source, trainable
+        self.num_slots, self.num_links = links.embeddings.shape[:2]
+        self.num_tokens = 0  # run through the model so far, stored ones not counted
+        self.links = nn.Parameter(links.embeddings.detach().float().flatten(0, 1).clone(), bool(self.num_links))
+        self.hf = model.hf
+        self.hf.requires_grad_(trainable == "full")
+        self.peft = None
+        if trainable in ("reader", "lora"):
+            from peft import get_peft_model
+
+            self.peft = get_peft_model(self.hf, lora)
+        self.reads_stored_kv = trainable in ("links", "reader")
+
+    def train(self, mode: bool = True) -> Learner:
+        """The model itself stays as it answers: nothing is dropped at random."""
+        super().train(mode)
+        self.hf.train(mode and self.hf.is_gradient_checkpointing)
+        return self
+
+    def link_tokens(self, name: str) -> LinkTokens:
+        """The links as they stand."""
+        embeddings = self.links.detach().to(self.model.dtype).view(self.num_slots, self.num_links, -1)
+        return LinkTokens(embeddings, name)
+
+    def forward(self, steps: Sequence[Step], objective: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """The mean loss over all answer tokens of `steps`."""
+        losses, num_tokens = [], 0
+        for step in steps:
+            places = (step.linked.predicts >= 0).nonzero()[:, 0]
+            logits = self.logits(step, step.linked, places)
+            expected = step.linked.predicts[places].to(logits.device)
+            teacher = None
+            if step.teacher is not None:
+                with torch.no_grad(), self._as_base():
+                    teacher = self.logits(step, step.teacher, (step.teacher.predicts >= 0).nonzero()[:, 0])
+            losses.append(objective(logits.float(), expected, None if teacher is None else teacher.float()))
+            num_tokens += len(expected)
+        return {"loss": torch.stack(losses).sum() / num_tokens}
+
+    def logits(self, step: Step, layout: Layout, places: Tensor) -> Tensor:
+        """Logits [places, vocabulary] at `places` of the layout."""
+        if self.reads_stored_kv or layout.causal:
+            return self._over_stored(step, layout, places)
+        return self._all_at_once(layout, places)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _over_stored(self, step: Step, layout: Layout, places: Tensor) -> Tensor:
+        """Run what is not stored over the KV of what is."""
+        computed = ~layout.stored
+        keys = torch.cat(((layout.stored & ~layout.private).nonzero()[:, 0], computed.nonzero()[:, 0]))
+        rows = computed.nonzero()[:, 0]
+        with torch.no_grad(), self._as_base():
+            cache = self._full_prefill(step) if layout.causal else self._placed(step, layout)
+        position = layout.position
+        mask = self._mask(layout.visible()[rows][:, keys], position[rows][:, None] - position[keys][None, :])
+        return self._run(layout, rows, mask, torch.searchsorted(rows, places), cache)
+
+    def _all_at_once(self, layout: Layout, places: Tensor) -> Tensor:
+        """Run the whole sequence under the mask."""
+        rows = torch.arange(len(layout.ids))
+        mask = self._mask(layout.visible(), layout.position[:, None] - layout.position[None, :])
+        return self._run(layout, rows, mask, places, DynamicCache())
+
+    def _run(self, layout: Layout, rows: Tensor, mask: Any, places: Tensor, cache: Cache) -> Tensor:
+        device = self.model.device
+        ids, link = layout.ids[rows].to(device), layout.link[rows].to(device)
+        embeds = self.hf.get_input_embeddings()(ids)
+        if (link >= 0).any():
+            links = self.links.to(embeds.dtype)[link.clamp(min=0)]
+            embeds = torch.where(link[:, None] >= 0, links, embeds)
+        self.num_tokens += len(rows)
+        output = self.hf(
+            inputs_embeds=embeds[None],
+            position_ids=layout.position[rows].to(device)[None],
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=places.to(device),
+            **{self.model.cache_argument: cache},
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _mask(self, visible: Tensor, distance: Tensor) -> Any:
+        """Always explicit: without one, a gap in the positions isolates tokens from each other."""
+        device = self.model.device
+        return self.model.mask_from(visible.to(device), distance.to(device))
+
+    def _placed(self, step: Step, layout: Layout) -> Cache:
+        """Prefix and chunks at their positions, as `linking.link_tokens` places them."""
+        prefix, _ = self.source.prefix(step.prefix_ids)
+        kvs = [prefix, *self.source.load(step.chunk_ids)]
+        keys, values = torch.cat([kv.keys for kv in kvs], 2), torch.cat([kv.values for kv in kvs], 2)
+        positions = layout.position[layout.stored & ~layout.private].to(keys.device)
+        turned = torch.empty_like(keys)
+        self.model.rope.forth(positions).apply(keys, out=turned)
+        return DynamicCache([(turned[layer][None], values[layer][None]) for layer in range(len(keys))])
+
+    def _full_prefill(self, step: Step) -> Cache:
+        """Prefix and chunks read in one go, as `linking.full` reads them."""
+        cache = DynamicCache()
+        ids = [*step.prefix_ids, *(token_id for chunk in step.chunk_ids for token_id in chunk)]
+        self.model.read(torch.tensor([ids], device=self.model.device), cache)
+        return DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        """Without the adapter."""
+        if self.peft is None:
+            yield
+            return
+        with self.peft.disable_adapter():
+            yield
+
+

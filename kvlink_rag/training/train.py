@@ -1,0 +1,116 @@
+"""From files of questions to a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvlink_rag.config import GIB
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.errors import BadInput, MissingExtra
+from kvlink_rag.kv_source import KVSource
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.model import LanguageModel, weights_digest
+from kvlink_rag.questions import Example
+from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.store.kv_store import KVStore
+from kvlink_rag.training.learner import Learner
+from kvlink_rag.training.lessons import make_lessons
+from kvlink_rag.training.steps import Pool, Steps, StepSettings
+from kvlink_rag.training.trainer import Report, TrainSettings, run
+
+
+def train(
+    model: LanguageModel,
+    data: Mapping[str, Sequence[Example]],
+    out: str | Path,
+    settings: TrainSettings | None = None,
+    *,
+    weights: Mapping[str, float] | None = None,
+    resume: bool = False,
+    kv_folder: str | Path | None = None,
+    kv_gib: float = 10.0,
+    report: Report = lambda figures: None,
+) -> dict[str, Any]:
+    """Train links for `model`, with an adapter if the settings say so, and write the checkpoint to `out`.
+
+    data: examples by name; weights: how often each is drawn, 1 where not given. What resuming needs is kept in
+    `out`/run. kv_folder keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too.
+    The model is changed and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says.
+    Raises BadInput, MissingExtra.
+    """
+    settings, out = settings or TrainSettings(), Path(out)
+    unknown = sorted(set(weights or {}) - set(data))
+    if unknown or not any(data.values()):
+        raise BadInput(f"weights for unknown data: {', '.join(unknown)}" if unknown else "the data hold no example")
+    started = time.monotonic()
+    encoder = Encoder(model)
+    lora = _lora(settings) if settings.trainable in ("reader", "lora") else None
+    links = LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots)
+    pools = [
+        Pool(make_lessons(examples, max_turns=settings.max_turns), (weights or {}).get(name, 1.0))
+        for name, examples in data.items()
+        if examples
+    ]
+    step_settings = StepSettings(
+        num_links=settings.num_link_tokens,
+        num_slots=settings.slots,
+        min_documents=settings.min_docs,
+        max_documents=settings.max_docs,
+        max_tokens=settings.max_tokens,
+        causal_share=settings.causal_share,
+        with_teacher=settings.with_teacher,
+    )
+    steps = Steps(pools, encoder, step_settings, size=settings.steps * settings.batch, seed=settings.seed)
+    folder = Path(kv_folder) if kv_folder is not None else out / "run" / "kv"
+    torch.manual_seed(settings.seed)
+    log = []
+    with closing(DiskStore(folder, max_bytes=int(kv_gib * GIB))) as entries:
+        source = KVSource(encoder, KVStore(entries, encoder.fingerprint, model.kv_shape))
+        learner = Learner(model, source, links, trainable=settings.trainable, lora=lora)
+        log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
+    about = {
+        "trainable": settings.trainable,
+        "chunk_template": encoder.recipe.chunk_template,
+        "encoding_prefix": encoder.recipe.encoding_prefix,
+        "data": {name: len(examples) for name, examples in data.items()},
+        "weights": dict(weights or {}),
+        "settings": asdict(settings),
+        "seconds": round(time.monotonic() - started),
+        "log": [{key: entry[key] for key in ("step", "loss")} for entry in log if "loss" in entry],
+    }
+    return export(learner, out, about)
+
+
+def export(learner: Learner, out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what was learnt as a checkpoint that `KVLinkRAG.load(links=...)` takes."""
+    if learner.trainable == "full":
+        learner.hf.save_pretrained(out / "model")
+        learner.model.tokenizer.hf.save_pretrained(out / "model")
+        about = {**about, "base_name": "model", "base_weights": weights_digest(out / "model"), "base_origin": ""}
+    learner.link_tokens(str(out)).save(out, learner.model, about)
+    if learner.peft is not None:
+        folder = out / ("reader" if learner.trainable == "reader" else "adapter")
+        learner.peft.save_pretrained(str(folder), safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)  # a model card full of blanks
+        weights = folder / "adapter_model.safetensors"
+        halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+        save_file(halved, weights, metadata={"format": "pt"})
+    return dict(about)
+
+
+def _lora(settings: TrainSettings) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise MissingExtra("training an adapter", "adapter") from None
+    return LoraConfig(
+        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )

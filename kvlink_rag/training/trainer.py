@@ -1,0 +1,214 @@
+"""Training by Hugging Face's Trainer: checkpoints, resuming, schedules and devices are its own."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from kvlink_rag.errors import BadInput
+from kvlink_rag.training.learner import TRAINABLE, Learner, Step
+from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
+from kvlink_rag.training.steps import Steps
+
+TRAINED = "trained.safetensors"
+Report = Callable[[Mapping[str, Any]], None]  # step, steps, loss, tokens_per_s, seconds_left
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train. Rates are the peaks of a cosine with a warm-up."""
+
+    trainable: str = "reader"
+    objective: str = "answers"
+    num_link_tokens: int = 5
+    slots: int = 1
+    min_docs: int = 2
+    max_docs: int = 10
+    max_turns: int = 16
+    max_tokens: int = 2048  # of documents in a context
+    causal_share: float = 0.0
+    steps: int = 400
+    batch: int = 4  # contexts per step
+    learning_rate: float = 5e-4
+    link_learning_rate: float = 5e-3
+    warmup: float = 0.05
+    lora_rank: int = 16
+    save_minutes: float = 5.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trainable not in TRAINABLE:
+            raise BadInput(f"trainable {self.trainable!r} is not one of {', '.join(TRAINABLE)}")
+        if self.objective not in OBJECTIVES:
+            raise BadInput(f"objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
+        if self.trainable == "links" and self.num_link_tokens < 1:
+            raise BadInput("with trainable 'links' and no link tokens there is nothing to train")
+        if not 1 <= self.min_docs <= self.max_docs:
+            raise BadInput(f"min_docs {self.min_docs} and max_docs {self.max_docs} must be positive and in order")
+        for name in ("steps", "batch", "slots", "max_turns", "lora_rank", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_link_tokens < 0 or not 0 <= self.causal_share <= 1:
+            raise BadInput("num_link_tokens must not be negative, and causal_share lies between 0 and 1")
+
+    @property
+    def with_teacher(self) -> bool:
+        return self.objective in NEEDS_TEACHER
+
+
+def run(
+    learner: Learner, steps: Steps, settings: TrainSettings, folder: Path, *, resume: bool, report: Report
+) -> list[dict[str, Any]]:
+    """Train `learner` in place and return the log: one entry per logged step.
+
+    folder keeps what resuming needs; the same settings must come with it. Raises BadInput.
+    """
+    _claim(folder, settings, resume)
+    device = learner.model.device.type
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(settings.warmup * settings.steps),
+        max_grad_norm=1.0,
+        save_strategy="no",  # by the clock instead
+        logging_steps=10 if settings.steps >= 100 else 1,
+        logging_first_step=True,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=settings.seed,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=False,
+    )
+    trainer = _Trainer(
+        model=learner,
+        args=arguments,
+        train_dataset=steps,
+        data_collator=_as_is,
+        optimizers=(_optimizer(learner, settings), None),
+        callbacks=[_Clock(settings, report)],
+    )
+    trainer.objective = OBJECTIVES[settings.objective]
+    last = _last_checkpoint(folder) if resume else None
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except KeyboardInterrupt:
+        trainer._save_checkpoint(learner, trial=None)
+        raise
+    return list(trainer.state.log_history)
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """The library's, saving and loading only what is trained, in safetensors."""
+
+    objective: Any = None
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(inputs["steps"], self.objective)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_tensors(self.model), folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(model or self.model, Path(resume_from_checkpoint) / TRAINED)
+
+
+def trained_tensors(learner: Learner) -> dict[str, Tensor]:
+    """What is trained, by name."""
+    found = learner.named_parameters()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found if tensor.requires_grad}
+
+
+def load_trained(learner: Learner, path: Path) -> None:
+    """Put saved tensors back. Raises BadInput where they are another run's."""
+    saved, own = load_file(path), dict(learner.named_parameters())
+    wanted = {name for name, tensor in own.items() if tensor.requires_grad}
+    if saved.keys() != wanted:
+        raise BadInput(f"{path} holds other parameters than this run trains; start anew in another folder")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc]
+    """Saves by the clock, and tells how far training has come."""
+
+    def __init__(self, settings: TrainSettings, report: Report):
+        self._settings, self._report = settings, report
+        self._loss = float("nan")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = self._saved = time.monotonic()
+        self._first = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        now = time.monotonic()
+        done = state.global_step - self._first
+        elapsed = now - self._started
+        self._report(
+            {
+                "step": state.global_step,
+                "steps": state.max_steps,
+                "loss": self._loss,
+                "tokens_per_s": model.num_tokens / elapsed,
+                "seconds_left": (state.max_steps - state.global_step) * elapsed / max(done, 1),
+            }
+        )
+        if now - self._saved >= self._settings.save_minutes * 60 or state.global_step == state.max_steps:
+            control.should_save, self._saved = True, now
+
+
+def _optimizer(learner: Learner, settings: TrainSettings) -> torch.optim.Optimizer:
+    others = [p for name, p in learner.named_parameters() if p.requires_grad and name != "links"]
+    groups = [{"params": [learner.links], "lr": settings.link_learning_rate}] if learner.links.requires_grad else []
+    if others:
+        groups.append({"params": others, "lr": settings.learning_rate})
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.999))
+
+
+def _as_is(steps: Sequence[Step]) -> dict[str, Any]:
+    return {"steps": list(steps)}
+
+
+def _claim(folder: Path, settings: TrainSettings, resume: bool) -> None:
+    """Resuming reads pickles of the library's, so it reads none but those of a run that this folder began."""
+    about = folder / "run.json"
+    written = json.dumps(asdict(settings), indent=2, sort_keys=True)
+    if resume:
+        if not about.exists():
+            raise BadInput(f"{folder} holds no run to resume; leave out --resume to start one")
+        if about.read_text("utf-8") != written:
+            raise BadInput(f"{folder} was begun with other settings ({about}); give the same ones, or another folder")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder} holds a run already; give --resume to go on with it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    about.write_text(written, "utf-8")
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)

@@ -1,0 +1,132 @@
+"""Training runs the same numbers as serving: what is learnt is what will be used."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+
+import pytest
+import torch
+from oracle import masked_logits
+from peft import LoraConfig
+from tiny_models import FAMILIES, build
+
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.joining import LinkRequest
+from kvlink_rag.kv_source import KVSource
+from kvlink_rag.linking import full, link_tokens
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.prompt import build_prompt
+from kvlink_rag.questions import Example
+from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.store.kv_store import KVStore
+from kvlink_rag.training.layout import Turn, lay_out
+from kvlink_rag.training.learner import Learner, Step
+from kvlink_rag.types import Document
+
+TEXTS = ["The horn can be heard for miles.", "A ferry leaves at noon, and one at dusk.", "Sand."]
+QUESTIONS = [("How far?", "miles"), ("When does the ferry leave?", "at noon")]
+NUM_SLOTS, NUM_LINKS = 2, 3
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture
+def source(model, tmp_path):
+    encoder = Encoder(model, encoding_prefix="Answer. ")
+    with closing(DiskStore(tmp_path / "kv", max_bytes=2**30)) as entries:
+        source = KVSource(encoder, KVStore(entries, encoder.fingerprint, model.kv_shape))
+        source.encoder = encoder
+        yield source
+
+
+def random_links(model):
+    torch.manual_seed(1)
+    return LinkTokens(torch.randn(NUM_SLOTS, NUM_LINKS, model.hidden_size) * 0.2, "random")
+
+
+def prompts(model, chunk_ids):
+    return [
+        build_prompt(model.tokenizer, [{"role": "user", "content": question}], chunk_ids, system="Be brief.")
+        for question, _ in QUESTIONS
+    ]
+
+
+def step_for(model, source, *, causal=False):
+    """One context with both questions, answers ended by the end token."""
+    chunk_ids = [source.token_ids(text) for text in TEXTS]
+    asked = prompts(model, chunk_ids)
+    turns = [
+        Turn(prompt.question_ids, (*model.tokenizer.plain_ids(answer), 2))
+        for prompt, (_, answer) in zip(asked, QUESTIONS, strict=True)
+    ]
+    prefix_ids = asked[0].prefix_ids
+    layout = lay_out(
+        prefix_ids,
+        chunk_ids,
+        turns,
+        num_links=0 if causal else NUM_LINKS,
+        num_slots=NUM_SLOTS,
+        encoding_prefix=source.encoder.prefix_ids,
+        causal=causal,
+    )
+    return Step(prefix_ids, tuple(chunk_ids), layout, None)
+
+
+def served(model, source, links, linking):
+    """Logits [vocabulary] for the first answer token of each question, as an answer is really begun."""
+    found = []
+    for prompt in prompts(model, [source.token_ids(text) for text in TEXTS]):
+        prefix, _ = source.prefix(prompt.prefix_ids)
+        kvs = source.load(prompt.chunk_ids)
+        context = linking.link(LinkRequest(model, prompt, prefix, kvs, links, room=8))
+        pending = context.pending
+        embeds = pending.embeds if pending.embeds is not None else model.embed(pending.ids[0].tolist())[None]
+        mask = model.position_mask(pending.positions, context.num_tokens)
+        found.append(model.logits(embeds, pending.positions, mask, context.to_cache())[-1])
+    return torch.stack(found)
+
+
+def first_places(layout):
+    """Where each turn's first answer token is predicted."""
+    places = (layout.predicts >= 0).nonzero()[:, 0]
+    return torch.stack([places[layout.turn[places] == turn][0] for turn in range(len(QUESTIONS))])
+
+
+@pytest.mark.parametrize("trainable", ["links", "full"])
+@pytest.mark.parametrize("causal", [False, True], ids=["linked", "causal"])
+def test_a_training_step_predicts_what_serving_predicts(model, source, trainable, causal):
+    """For every family, over stored KV and all at once, both turns in one forward."""
+    links = random_links(model)
+    expected = served(model, source, links, full if causal else link_tokens)
+    step = step_for(model, source, causal=causal)
+    learner = Learner(model, source, links, trainable=trainable)
+    learner.train()
+    logits = learner.logits(step, step.linked, first_places(step.linked))
+    assert (logits.detach() - expected).abs().max() < 1e-4
+
+
+def test_the_training_mask_is_the_oracle_s(model, source):
+    """Every answer token of one turn, against the independently written mask, each chunk with its prefix copy."""
+    links = random_links(model)
+    step = step_for(model, source)
+    layout = step.linked
+    learner = Learner(model, source, links, trainable="full")
+    kept = (layout.turn < 1).nonzero()[:, 0]  # the context and the first turn
+    embeds = model.embed(layout.ids[kept].tolist()).clone()
+    flat = links.embeddings.flatten(0, 1)
+    spans, place = [], len(step.prefix_ids)
+    private = len(source.encoder.prefix_ids)
+    for number, ids in enumerate(step.chunk_ids):
+        stop = place + private + len(ids)
+        spans.append((place, stop))
+        embeds[stop : stop + NUM_LINKS] = links.for_chunk(number)
+        place = stop + NUM_LINKS
+    assert flat.shape[0] == NUM_SLOTS * NUM_LINKS
+    expected = masked_logits(model.hf, embeds, spans, private)
+    places = ((layout.predicts >= 0) & (layout.turn == 0)).nonzero()[:, 0]
+    logits = learner.logits(step, layout, places).detach()
+    assert (logits - expected[places]).abs().max() < 1e-4
