@@ -18,6 +18,7 @@ from kvlink_rag.model import LanguageModel
 from kvlink_rag.recipe import Recipe
 
 NUM_ROWS = 4
+LOOSE_ROWS = 16
 BUCKET_TOKENS = 32
 CHUNK_TEMPLATE = "Document:\n{text}\n\n"
 
@@ -62,17 +63,24 @@ class Encoder:
         """The ids of a chunk: its text in the template, alone. No control token stands in the text's span."""
         return (*self._before, *self.model.tokenizer.plain_ids(text), *self._after)
 
-    def encode(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, KV]]:
-        """Yield (index, KV) of each chunk, given as token ids, in order of length."""
+    def encode(self, chunks: Sequence[tuple[int, ...]], *, canonical: bool = True) -> Iterator[tuple[int, KV]]:
+        """Yield (index, KV) of each chunk, given as token ids, in order of length.
+
+        Without `canonical`, no row is filled up: several times as fast for a few chunks of different lengths, but the
+        last bit then depends on the company. Training takes it so; what is served never does.
+        """
         order = sorted(range(len(chunks)), key=lambda index: len(chunks[index]))
+        if not canonical:
+            yield from self._encode_loose(order, chunks)
+            return
         batch: list[int] = []
         for index in order:
             if batch and (len(batch) == NUM_ROWS or self._width(chunks[index]) != self._width(chunks[batch[0]])):
-                yield from self._encode_batch(batch, chunks)
+                yield from self._encode_batch(batch, chunks, NUM_ROWS, self._width(chunks[batch[0]]))
                 batch = []
             batch.append(index)
         if batch:
-            yield from self._encode_batch(batch, chunks)
+            yield from self._encode_batch(batch, chunks, NUM_ROWS, self._width(chunks[batch[0]]))
 
     def encode_alone(self, ids: tuple[int, ...]) -> KV:
         """KV of a prompt's prefix: what stands at position 0 sees no encoding prefix."""
@@ -86,10 +94,26 @@ class Encoder:
         """Tokens of a row, padding included."""
         return -(-(len(self.prefix_ids) + len(ids)) // BUCKET_TOKENS) * BUCKET_TOKENS
 
-    def _encode_batch(self, batch: list[int], chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, KV]]:
+    def _encode_loose(self, order: list[int], chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, KV]]:
+        """Rows of nearly the same length together."""
+        num_prefix = len(self.prefix_ids)
+        batch: list[int] = []
+        for index in order:
+            if batch and (
+                len(batch) == LOOSE_ROWS or len(chunks[index]) > 1.25 * len(chunks[batch[0]]) + BUCKET_TOKENS
+            ):
+                yield from self._encode_batch(batch, chunks, len(batch), num_prefix + len(chunks[batch[-1]]))
+                batch = []
+            batch.append(index)
+        if batch:
+            yield from self._encode_batch(batch, chunks, len(batch), num_prefix + len(chunks[batch[-1]]))
+
+    def _encode_batch(
+        self, batch: list[int], chunks: Sequence[tuple[int, ...]], num_rows: int, width: int
+    ) -> Iterator[tuple[int, KV]]:
         """Run one batch. Padding stands behind each row, where causal attention never looks."""
         num_prefix = len(self.prefix_ids)
-        rows = torch.zeros(NUM_ROWS, self._width(chunks[batch[0]]), dtype=torch.long)
+        rows = torch.zeros(num_rows, width, dtype=torch.long)
         for row, index in enumerate(batch):
             ids = (*self.prefix_ids, *chunks[index])
             rows[row, : len(ids)] = torch.tensor(ids)

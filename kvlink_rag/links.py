@@ -1,6 +1,7 @@
 """Link tokens and the checkpoints they come in.
 
-K trained embeddings behind each chunk let documents see each other (KVLink, arXiv 2502.16002). A checkpoint is a folder:
+K trained embeddings behind each chunk let documents see each other (KVLink, arXiv 2502.16002). A checkpoint is a
+folder:
 
     kvlink.json          what it was trained for and how, and what was measured
     link.safetensors     links [slots, K, hidden]
@@ -51,9 +52,7 @@ class Checkpoint:
         return cls(folder, about)
 
     @classmethod
-    def find(
-        cls, model: str | Path, links: str | Path | None, adapter: str | Path | None = None
-    ) -> Checkpoint | None:
+    def find(cls, model: str | Path, links: str | Path | None, adapter: str | Path | None = None) -> Checkpoint | None:
         """The one that `links` names: a folder, None for the one shipped with the package, "untrained" for none.
 
         An adapter of the caller's own makes another model, for which none is shipped. Raises CheckpointMismatch,

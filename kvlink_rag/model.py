@@ -91,8 +91,8 @@ class LanguageModel:
         """Load by folder, hub id, or the name of the default model.
 
         adapter is a PEFT folder, merged in float32; reader another, merged into a copy that never reads documents and
-        shares with the first what the adapter leaves alone. dtype is "auto" (bfloat16 where the hardware has it, else float32),
-        "float32", "bfloat16" or "float16"; device "auto", "cpu", "cuda" or "mps".
+        shares with the first what the adapter leaves alone. dtype is "auto" (bfloat16 where the hardware has it, else
+        float32), "float32", "bfloat16" or "float16"; device "auto", "cpu", "cuda" or "mps".
         Raises UnsupportedModel, MissingModel or BadInput.
         """
         folder = model_folder(model)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 
 import pytest
 import torch
 from oracle import masked_logits
-from peft import LoraConfig
 from tiny_models import FAMILIES, build
 
 from kvlink_rag.encoding import Encoder
@@ -17,12 +15,10 @@ from kvlink_rag.kv_source import KVSource
 from kvlink_rag.linking import full, link_tokens
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.prompt import build_prompt
-from kvlink_rag.questions import Example
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.training.layout import Turn, lay_out
 from kvlink_rag.training.learner import Learner, Step
-from kvlink_rag.types import Document
 
 TEXTS = ["The horn can be heard for miles.", "A ferry leaves at noon, and one at dusk.", "Sand."]
 QUESTIONS = [("How far?", "miles"), ("When does the ferry leave?", "at noon")]

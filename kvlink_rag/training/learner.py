@@ -41,10 +41,22 @@ class Learner(nn.Module):
     adapter for documents too) or "full" (all weights).
     """
 
-    def __init__(self, model: LanguageModel, source: KVSource, links: LinkTokens, *, trainable: str, lora: Any = None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        source: KVSource,
+        links: LinkTokens,
+        *,
+        trainable: str,
+        lora: Any = None,
+        checkpointing: bool = False,
+    ):
         super().__init__()
         self.model, self.source, self.trainable = model, source, trainable
         self.num_slots, self.num_links = links.embeddings.shape[:2]
+        self.checkpointing = checkpointing
+        if checkpointing:
+            model.hf.gradient_checkpointing_enable()
         self.num_tokens = 0  # run through the model so far, stored ones not counted
         self.links = nn.Parameter(links.embeddings.detach().float().flatten(0, 1).clone(), bool(self.num_links))
         self.hf = model.hf
@@ -59,7 +71,7 @@ class Learner(nn.Module):
     def train(self, mode: bool = True) -> Learner:
         """The model itself stays as it answers: nothing is dropped at random."""
         super().train(mode)
-        self.hf.train(mode and self.hf.is_gradient_checkpointing)
+        self.hf.train(mode and self.checkpointing)
         return self
 
     def link_tokens(self, name: str) -> LinkTokens:
@@ -68,8 +80,11 @@ class Learner(nn.Module):
         return LinkTokens(embeddings, name)
 
     def forward(self, steps: Sequence[Step], objective: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """The mean loss over all answer tokens of `steps`."""
-        losses, num_tokens = [], 0
+        """The mean loss of an answer token, each step weighing as the square root of its number of turns.
+
+        By tokens alone, a context that a single question is asked of would hardly count beside one with twenty.
+        """
+        losses, weights = [], []
         for step in steps:
             places = (step.linked.predicts >= 0).nonzero()[:, 0]
             logits = self.logits(step, step.linked, places)
@@ -78,9 +93,10 @@ class Learner(nn.Module):
             if step.teacher is not None:
                 with torch.no_grad(), self._as_base():
                     teacher = self.logits(step, step.teacher, (step.teacher.predicts >= 0).nonzero()[:, 0])
-            losses.append(objective(logits.float(), expected, None if teacher is None else teacher.float()))
-            num_tokens += len(expected)
-        return {"loss": torch.stack(losses).sum() / num_tokens}
+            loss = objective(logits.float(), expected, None if teacher is None else teacher.float())
+            weights.append((int(step.linked.turn.max()) + 1) ** 0.5)
+            losses.append(loss / len(expected) * weights[-1])
+        return {"loss": torch.stack(losses).sum() / sum(weights)}
 
     def logits(self, step: Step, layout: Layout, places: Tensor) -> Tensor:
         """Logits [places, vocabulary] at `places` of the layout."""
@@ -155,5 +171,3 @@ class Learner(nn.Module):
             return
         with self.peft.disable_adapter():
             yield
-
-

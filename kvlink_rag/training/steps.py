@@ -51,16 +51,15 @@ class Steps(Dataset[Step]):
     def __getitem__(self, number: int) -> Step:
         rng = random.Random(f"{self._seed}:{number}")
         chosen = self._settings
-        lesson = draw(
-            self._drawn[number], rng, min_documents=chosen.min_documents, max_documents=chosen.max_documents
-        )
+        lesson = draw(self._drawn[number], rng, min_documents=chosen.min_documents, max_documents=chosen.max_documents)
         return self.step(lesson, causal=rng.random() < chosen.causal_share)
 
     def step(self, lesson: Lesson, *, causal: bool = False) -> Step:
         """A lesson in token ids, exactly as it would be served; documents beyond max_tokens are left out."""
         encoder, chosen = self._encoder, self._settings
         texts = [chunk_text(document.text, document.title) for document in lesson.documents]
-        chunk_ids, kept, total = [], set(), 0
+        chunk_ids: list[tuple[int, ...]] = []
+        kept, total = set(), 0
         for document, text in zip(lesson.documents, texts, strict=True):
             ids = encoder.token_ids(text)
             total += len(ids)

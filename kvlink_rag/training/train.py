@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -73,7 +74,9 @@ def train(
     torch.manual_seed(settings.seed)
     log = []
     with closing(DiskStore(folder, max_bytes=int(kv_gib * GIB))) as entries:
-        source = KVSource(encoder, KVStore(entries, encoder.fingerprint, model.kv_shape))
+        # under a name of its own: encoded in any company, so never to be served
+        kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
+        source = KVSource(encoder, kvs, canonical=False)
         learner = Learner(model, source, links, trainable=settings.trainable, lora=lora)
         log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
     about = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from kvlink_rag.errors import BadInput
 from kvlink_rag.training.learner import TRAINABLE, Learner, Step
@@ -90,6 +90,7 @@ def run(
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
+        log_level="error",
         seed=settings.seed,
         use_cpu=device == "cpu",
         dataloader_pin_memory=False,
@@ -102,6 +103,7 @@ def run(
         optimizers=(_optimizer(learner, settings), None),
         callbacks=[_Clock(settings, report)],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.objective = OBJECTIVES[settings.objective]
     last = _last_checkpoint(folder) if resume else None
     try:

@@ -1,0 +1,113 @@
+"""`kvlink bench` and `kvlink eval`: measurements on this machine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvlink_rag.cli_options import (
+    DEFAULT_EMBEDDER_NAME,
+    DEFAULT_MODEL_NAME,
+    Adapter,
+    Device,
+    Dtype,
+    Json,
+    Links,
+    Model,
+    loaded,
+    loaded_model,
+)
+from kvlink_rag.console import progress_bar, say
+from kvlink_rag.errors import BadInput
+
+bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+
+
+@bench_app.command()
+def ttft(
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,2000,4000,8000",
+    repeats: Annotated[int, typer.Option(help="Interleaved runs per length.", min=1)] = 5,
+    model: Model = DEFAULT_MODEL_NAME,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time to first token: stored KV against a full prefill of the same context, and against the floor."""
+    from kvlink_rag.evaluation.ttft import run_ttft
+
+    try:
+        lengths = [int(part) for part in contexts.split(",")]
+    except ValueError:
+        raise BadInput(f"--contexts takes numbers like 1000,2000; got {contexts!r}") from None
+    language_model = loaded_model(model, dtype, device)
+    with progress_bar() as progress:
+        rows = run_ttft(language_model, lengths, repeats, progress)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print("context      full    linked     floor    less  x floor  KV/token      encode")
+    for row in rows:
+        print(
+            f"{row['context_tokens']:>7} {row['full_s']:>7.3f} s {row['linked_s']:>7.3f} s {row['floor_s']:>7.3f} s "
+            f"{row['reduction']:>6.1%} {row['linked_over_floor']:>8.2f} {row['kv_bytes_per_token'] / 1024:>6.1f} KiB "
+            f"{row['encode_tokens_per_s']:>9,.0f}/s"
+        )
+
+
+@bench_app.command()
+def decode(
+    context: Annotated[int, typer.Option(help="Context length in tokens.")] = 4000,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs.", min=1)] = 5,
+    model: Model = DEFAULT_MODEL_NAME,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Decoding speed over a linked context against plain generate; peak memory of an answer."""
+    from kvlink_rag.evaluation.decode import run_decode
+
+    language_model = loaded_model(model, dtype, device)
+    with progress_bar() as progress:
+        say(run_decode(language_model, context, repeats, progress), as_json)
+
+
+def evaluate(
+    data: Annotated[list[Path], typer.Option("--data", help="Question files (.jsonl, .jsonl.gz); repeatable.")],
+    linking: Annotated[str, typer.Option("--linking", help="Linkings to compare.")] = "full,plain,link_tokens",
+    limit: Annotated[int, typer.Option(help="Examples per file.", min=1)] = 50,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 32,
+    model: Model = DEFAULT_MODEL_NAME,
+    links: Links = None,
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Accuracy of each linking on questions with their own documents."""
+    from kvlink_rag.evaluation.answers import run_answers
+    from kvlink_rag.questions import read_examples
+
+    files = [(path, read_examples(path, limit)) for path in data]
+    with (
+        tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder,
+        loaded(
+            Path(folder), model, DEFAULT_EMBEDDER_NAME, links=links, adapter=adapter, dtype=dtype, device=device
+        ) as rag,
+    ):
+        for path, examples in files:
+            with progress_bar() as progress:
+                rows = run_answers(rag, examples, linking.split(","), max_new_tokens, progress)
+            if as_json:
+                print(json.dumps({"data": path.name, "rows": rows}), flush=True)
+                continue
+            print(f"{path.name}: {len(examples)} examples")
+            for row in rows:
+                print(
+                    f"  {row['linking']:<12} accuracy {row['accuracy']:>6.1%}   exact {row['exact_match']:>6.1%}   "
+                    f"F1 {row['f1']:>6.1%}",
+                    flush=True,
+                )

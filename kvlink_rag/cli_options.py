@@ -1,0 +1,77 @@
+"""What the commands share: their options, and loading with a note on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvlink_rag.config import GIB
+from kvlink_rag.console import notes
+from kvlink_rag.errors import BadInput
+
+if TYPE_CHECKING:
+    from kvlink_rag.model import LanguageModel
+    from kvlink_rag.rag import KVLinkRAG
+
+Store = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
+Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal LM; default: SmolLM2-135M-Instruct.")]
+Embedder = Annotated[str, typer.Option("--embedder", help="Folder or hub id of a sentence-transformers model.")]
+Links = Annotated[Path | None, typer.Option("--links", help="Folder of a link checkpoint made for this model.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEFT adapter.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Linking = Annotated[str, typer.Option("--linking", help="link_tokens, plain or full.")]
+MaxGib = Annotated[float, typer.Option("--max-gib", help="Budget of the store in GiB.")]
+K = Annotated[int, typer.Option("-k", help="Chunks to retrieve.", min=1)]
+
+DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
+DEFAULT_EMBEDDER_NAME = "all-minilm-l6-v2"
+
+
+def loaded_model(model: str, dtype: str, device: str) -> LanguageModel:
+    from kvlink_rag.compute import compute
+    from kvlink_rag.model import LanguageModel
+
+    quiet_libraries()
+    with notes.status("loading the model"):
+        return compute.run(lambda job: LanguageModel.load(model, dtype=dtype, device=device))
+
+
+@contextmanager
+def loaded(
+    store: Path, model: str, embedder: str, *, must_exist: bool = False, max_gib: float = 20.0, **options: Any
+) -> Iterator[KVLinkRAG]:
+    """The store with its models, loaded with a note on stderr."""
+    if must_exist:
+        must_be_store(store)
+    from kvlink_rag.store.folder import open_folder
+
+    open_folder(store)
+    from kvlink_rag.config import StoreSettings
+    from kvlink_rag.rag import KVLinkRAG
+
+    quiet_libraries()
+    with notes.status("loading the models"):
+        limits = StoreSettings(max_bytes=max(1, int(max_gib * GIB)))
+        rag = KVLinkRAG.load(model, store, embedder=embedder, limits=limits, **options)
+        rag.warm_up()
+    with rag:
+        yield rag
+
+
+def must_be_store(store: Path) -> None:
+    if not (store / "store.json").exists():
+        raise BadInput(f"no store in {store}; make one with: kvlink add PATH --store {store}")
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' bars and notices out of a command's output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -1,0 +1,121 @@
+"""`kvlink train`: link tokens and adapters for a model, from files of questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvlink_rag.cli_options import DEFAULT_MODEL_NAME, Device, Dtype, Json, Model, loaded_model
+from kvlink_rag.console import training_bar
+from kvlink_rag.errors import BadInput, KVLinkError
+
+
+def train(
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="Question files (.jsonl, .jsonl.gz), each FILE or FILE=WEIGHT; repeatable."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the checkpoint.")],
+    model: Model = DEFAULT_MODEL_NAME,
+    passages: Annotated[
+        list[Path] | None,
+        typer.Option("--passages", help="Files with the passages that questions name by id; repeatable."),
+    ] = None,
+    trainable: Annotated[str, typer.Option("--trainable", help="links, reader, lora or full.")] = "reader",
+    objective: Annotated[str, typer.Option("--objective", help="answers, distill or mixed.")] = "answers",
+    num_link_tokens: Annotated[
+        int, typer.Option("--num-link-tokens", help="Link tokens behind each document; 0: none.", min=0)
+    ] = 5,
+    slots: Annotated[
+        int, typer.Option("--slots", help="Sets of links, by a document's place; the last serves the rest.", min=1)
+    ] = 1,
+    min_docs: Annotated[int, typer.Option("--min-docs", help="Fewest documents in a context.", min=1)] = 2,
+    max_docs: Annotated[int, typer.Option("--max-docs", help="Most documents in a context.", min=1)] = 10,
+    max_turns: Annotated[int, typer.Option("--max-turns", help="Most questions asked of one context.", min=1)] = 16,
+    causal_share: Annotated[
+        float, typer.Option("--causal-share", help="Part of the contexts read by a full prefill.", min=0, max=1)
+    ] = 0.0,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.", min=1)] = 400,
+    batch: Annotated[int, typer.Option("--batch", help="Contexts per step.", min=1)] = 4,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of weights and adapters.")] = 5e-4,
+    link_learning_rate: Annotated[float, typer.Option("--link-learning-rate", help="Of the links.")] = 5e-3,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", help="Rank of the adapter.", min=1)] = 16,
+    limit: Annotated[int | None, typer.Option("--limit", help="Examples per file.", min=1)] = None,
+    save_minutes: Annotated[float, typer.Option("--save-minutes", help="A crash loses no more than this.")] = 5.0,
+    kv: Annotated[Path | None, typer.Option("--kv", help="Folder in which documents' KV is kept between runs.")] = None,
+    kv_gib: Annotated[float, typer.Option("--kv-gib", help="Budget of that folder in GiB.")] = 10.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of data order and initial weights.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train link tokens for a model, and with --trainable reader, lora or full what reads them."""
+    from kvlink_rag.questions import read_examples, read_passages
+    from kvlink_rag.training.train import train as run_training
+    from kvlink_rag.training.trainer import TrainSettings
+
+    settings = TrainSettings(
+        trainable=trainable,
+        objective=objective,
+        num_link_tokens=num_link_tokens,
+        slots=slots,
+        min_docs=min_docs,
+        max_docs=max_docs,
+        max_turns=max_turns,
+        causal_share=causal_share,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        link_learning_rate=link_learning_rate,
+        lora_rank=lora_rank,
+        save_minutes=save_minutes,
+        seed=seed,
+    )
+    files = [_file_and_weight(given) for given in data]
+    known = read_passages(passages or [])
+    examples = {path.name: read_examples(path, limit, known) for path, _ in files}
+    if len(examples) < len(files):
+        raise BadInput("two data files have the same name; rename one")
+    language_model = loaded_model(model, dtype, device)
+    try:
+        with training_bar() as report:
+            about = run_training(
+                language_model,
+                examples,
+                out,
+                settings,
+                weights={path.name: weight for path, weight in files},
+                resume=resume,
+                kv_folder=kv,
+                kv_gib=kv_gib,
+                report=report,
+            )
+    except KeyboardInterrupt:
+        raise KVLinkError(f"stopped; give the same command with --resume to go on with {out}") from None
+    _say(about, out, as_json)
+
+
+def _file_and_weight(given: str) -> tuple[Path, float]:
+    """FILE or FILE=WEIGHT."""
+    name, equals, weight = given.rpartition("=")
+    if not equals or Path(given).exists():
+        return Path(given), 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError:
+        raise BadInput(f"--data takes FILE or FILE=WEIGHT, got {given!r}") from None
+
+
+def _say(about: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(about))
+        return
+    losses = [entry["loss"] for entry in about["log"]]
+    course = f"; loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
+    num_examples, steps = sum(about["data"].values()), about["settings"]["steps"]
+    print(f"{out}: {num_examples:,} examples, {steps} steps{course}; {about['seconds']} s")
+    print(f"answer with it: kvlink ask QUESTION --links {out}")
