@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvlink_rag.cli_options import (
-    DEFAULT_EMBEDDER_NAME,
     DEFAULT_MODEL_NAME,
     Adapter,
     Device,
@@ -18,7 +18,6 @@ from kvlink_rag.cli_options import (
     Json,
     Links,
     Model,
-    loaded,
     loaded_model,
 )
 from kvlink_rag.console import progress_bar, say
@@ -43,7 +42,7 @@ def ttft(
         lengths = [int(part) for part in contexts.split(",")]
     except ValueError:
         raise BadInput(f"--contexts takes numbers like 1000,2000; got {contexts!r}") from None
-    language_model = loaded_model(model, dtype, device)
+    language_model, _ = loaded_model(model, dtype, device)
     with progress_bar() as progress:
         rows = run_ttft(language_model, lengths, repeats, progress)
     if as_json:
@@ -70,7 +69,7 @@ def decode(
     """Decoding speed over a linked context against plain generate; peak memory of an answer."""
     from kvlink_rag.evaluation.decode import run_decode
 
-    language_model = loaded_model(model, dtype, device)
+    language_model, _ = loaded_model(model, dtype, device)
     with progress_bar() as progress:
         say(run_decode(language_model, context, repeats, progress), as_json)
 
@@ -80,6 +79,9 @@ def evaluate(
     linking: Annotated[str, typer.Option("--linking", help="Linkings to compare.")] = "full,plain,link_tokens",
     limit: Annotated[int, typer.Option(help="Examples per file.", min=1)] = 50,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 32,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for every answer; a second run goes on there.")
+    ] = None,
     model: Model = DEFAULT_MODEL_NAME,
     links: Links = None,
     adapter: Adapter = None,
@@ -87,27 +89,39 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Accuracy of each linking on questions with their own documents."""
-    from kvlink_rag.evaluation.answers import run_answers
+    """Accuracy of each linking on questions with their own documents, with 95 % intervals."""
+    from kvlink_rag.linking import get_linking
     from kvlink_rag.questions import read_examples
 
-    files = [(path, read_examples(path, limit)) for path in data]
-    with (
-        tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder,
-        loaded(
-            Path(folder), model, DEFAULT_EMBEDDER_NAME, links=links, adapter=adapter, dtype=dtype, device=device
-        ) as rag,
-    ):
-        for path, examples in files:
-            with progress_bar() as progress:
-                rows = run_answers(rag, examples, linking.split(","), max_new_tokens, progress)
-            if as_json:
-                print(json.dumps({"data": path.name, "rows": rows}), flush=True)
-                continue
-            print(f"{path.name}: {len(examples)} examples")
-            for row in rows:
-                print(
-                    f"  {row['linking']:<12} accuracy {row['accuracy']:>6.1%}   exact {row['exact_match']:>6.1%}   "
-                    f"F1 {row['f1']:>6.1%}",
-                    flush=True,
-                )
+    linkings = linking.split(",")
+    for name in linkings:
+        get_linking(name)
+    files = {path.name: read_examples(path, limit) for path in data}
+    if len(files) < len(data):
+        raise BadInput("two data files have the same name; rename one")
+    language_model, checkpoint = loaded_model(model, dtype, device, links=links, adapter=adapter)
+    from kvlink_rag.compute import compute
+    from kvlink_rag.evaluation.answers import AnswerRun, summary
+    from kvlink_rag.links import LinkTokens
+
+    link_tokens = checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
+    label = checkpoint.folder.name if checkpoint else "untrained"
+    with tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder, progress_bar() as progress:
+        run = AnswerRun(language_model, link_tokens, out or Path(folder), label=label, max_new_tokens=max_new_tokens)
+        compute.run(lambda job: run.run(files, linkings, progress))
+    rows = summary(run.rows)
+    print(json.dumps(rows) if as_json else table(rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The summary of an evaluation as a Markdown table."""
+    lines = ["| data | links | linking | examples | accuracy | exact | F1 | NLL |", "|---|---|---|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        low, high = row.get("accuracy_interval", (None, None))
+        spread = "" if low is None else f" ({low * 100:.0f}-{high * 100:.0f})"
+        lines.append(
+            f"| {row['data']} | {row['links']} | {row['linking']} | {row['examples']} | "
+            f"{row['accuracy'] * 100:.1f}{spread} | {row['exact_match'] * 100:.1f} | {row['f1'] * 100:.1f} | "
+            f"{row['nll']:.2f} |"
+        )
+    return "\n".join(lines)

@@ -14,13 +14,16 @@ from kvlink_rag.console import notes
 from kvlink_rag.errors import BadInput
 
 if TYPE_CHECKING:
+    from kvlink_rag.links import Checkpoint
     from kvlink_rag.model import LanguageModel
     from kvlink_rag.rag import KVLinkRAG
 
 Store = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal LM; default: SmolLM2-135M-Instruct.")]
 Embedder = Annotated[str, typer.Option("--embedder", help="Folder or hub id of a sentence-transformers model.")]
-Links = Annotated[Path | None, typer.Option("--links", help="Folder of a link checkpoint made for this model.")]
+Links = Annotated[
+    str | None, typer.Option("--links", help="Folder of a link checkpoint for this model; untrained: none.")
+]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEFT adapter.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
@@ -33,13 +36,23 @@ DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
 DEFAULT_EMBEDDER_NAME = "all-minilm-l6-v2"
 
 
-def loaded_model(model: str, dtype: str, device: str) -> LanguageModel:
+def loaded_model(
+    model: str, dtype: str, device: str, *, links: str | None = None, adapter: Path | None = None
+) -> tuple[LanguageModel, Checkpoint | None]:
+    """A model with the checkpoint that `links` names, loaded with a note on stderr."""
     from kvlink_rag.compute import compute
+    from kvlink_rag.links import Checkpoint
     from kvlink_rag.model import LanguageModel
 
     quiet_libraries()
+    checkpoint = Checkpoint.find(model, links, adapter)
+    adapter = adapter or (checkpoint.adapter if checkpoint else None)
+    reader = checkpoint.reader if checkpoint else None
     with notes.status("loading the model"):
-        return compute.run(lambda job: LanguageModel.load(model, dtype=dtype, device=device))
+        loaded = compute.run(
+            lambda job: LanguageModel.load(model, adapter=adapter, reader=reader, dtype=dtype, device=device)
+        )
+    return loaded, checkpoint
 
 
 @contextmanager
@@ -71,7 +84,10 @@ def must_be_store(store: Path) -> None:
 
 def quiet_libraries() -> None:
     """Keep libraries' bars and notices out of a command's output."""
+    import warnings
+
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

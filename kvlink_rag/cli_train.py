@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvlink_rag.cli_options import DEFAULT_MODEL_NAME, Device, Dtype, Json, Model, loaded_model
+from kvlink_rag.config import UNTRAINED
 from kvlink_rag.console import training_bar
 from kvlink_rag.errors import BadInput, KVLinkError
 
@@ -80,7 +81,7 @@ def train(
     examples = {path.name: read_examples(path, limit, known) for path, _ in files}
     if len(examples) < len(files):
         raise BadInput("two data files have the same name; rename one")
-    language_model = loaded_model(model, dtype, device)
+    language_model, _ = loaded_model(model, dtype, device, links=UNTRAINED)
     try:
         with training_bar() as report:
             about = run_training(

@@ -144,6 +144,15 @@ class Context:
             layer.expect(positions, length)
         return Cache(layers=layers)
 
+    def rewind(self, num_tokens: int, last_id: int) -> None:
+        """Forget the last num_tokens of a context that has been computed, and compute the one before them again."""
+        assert self.pending is not None
+        self.num_tokens -= num_tokens
+        self.num_placed = self.num_tokens - 1
+        position = torch.tensor([self.num_placed], device=self._keys.device)
+        ids = torch.tensor([[last_id]], device=self._keys.device)
+        self.pend(last_id, position, ids=ids, by_reader=self.pending.by_reader)
+
     def release(self) -> None:
         """Hand the memory back for the next context; this one must not be used any more."""
         self._buffers.give_back(self._memory)

@@ -39,13 +39,7 @@ def generate(
     """
     pending = context.pending
     assert pending is not None
-    first_inputs: dict[str, Any] = {"position_ids": pending.positions[None], "attention_mask": None}
-    if pending.ids is not None:
-        first_inputs["input_ids"] = pending.ids
-    else:
-        first_inputs.update(input_ids=None, inputs_embeds=pending.embeds)
-    if context.num_placed:
-        first_inputs["attention_mask"] = model.position_mask(pending.positions, context.num_tokens)
+    first_inputs = _pending_inputs(model, context)
 
     def hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         handle.remove()
@@ -82,6 +76,29 @@ def generate(
     finally:
         handle.remove()
     return answer.record
+
+
+def predict(model: LanguageModel, context: Context, num_last: int) -> torch.Tensor:
+    """Compute what is pending; logits [num_last, vocabulary] behind the last so many tokens."""
+    pending = context.pending
+    assert pending is not None
+    hf = model.reader if pending.by_reader else model.hf
+    inputs = {**_pending_inputs(model, context), "use_cache": True, model.cache_argument: context.to_cache()}
+    with torch.inference_mode():
+        return hf(**inputs, logits_to_keep=num_last).logits[0]  # type: ignore[no-any-return]
+
+
+def _pending_inputs(model: LanguageModel, context: Context) -> dict[str, Any]:
+    pending = context.pending
+    assert pending is not None
+    inputs: dict[str, Any] = {"position_ids": pending.positions[None], "attention_mask": None}
+    if pending.ids is not None:
+        inputs["input_ids"] = pending.ids
+    else:
+        inputs.update(input_ids=None, inputs_embeds=pending.embeds)
+    if context.num_placed:
+        inputs["attention_mask"] = model.position_mask(pending.positions, context.num_tokens)
+    return inputs
 
 
 class _Answer(BaseStreamer):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Training runs the same numbers as serving: what is learnt is what will be used."""
+"""A training step computes what serving computes: what is learnt is what will be used."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.training.layout import Turn, lay_out
 from kvlink_rag.training.learner import Learner, Step
+from kvlink_rag.training.objectives import distill
 
 TEXTS = ["The horn can be heard for miles.", "A ferry leaves at noon, and one at dusk.", "Sand."]
 QUESTIONS = [("How far?", "miles"), ("When does the ferry leave?", "at noon")]
@@ -126,3 +127,20 @@ def test_the_training_mask_is_the_oracle_s(model, source):
     places = ((layout.predicts >= 0) & (layout.turn == 0)).nonzero()[:, 0]
     logits = learner.logits(step, layout, places).detach()
     assert (logits - expected[places]).abs().max() < 1e-4
+
+
+def test_a_model_is_its_own_teacher_where_nothing_is_linked(source, model):
+    """Distilling a full prefill from a full prefill leaves nothing to learn."""
+    step = step_for(model, source, causal=True)
+    learner = Learner(model, source, random_links(model), trainable="links")
+    loss = learner([Step(step.prefix_ids, step.chunk_ids, step.linked, step.linked)], distill)["loss"]
+    assert abs(float(loss)) < 1e-5
+
+
+def test_chunks_encoded_in_any_company_are_the_same_up_to_rounding(model, source):
+    chunk_ids = [source.token_ids(text) for text in TEXTS]
+    canonical = dict(source.encoder.encode(chunk_ids))
+    loose = dict(source.encoder.encode(chunk_ids, canonical=False))
+    for number in range(len(TEXTS)):
+        assert (loose[number].keys - canonical[number].keys).abs().max() < 1e-4
+        assert (loose[number].values - canonical[number].values).abs().max() < 1e-4

@@ -1,72 +1,147 @@
 """Answer quality by linking: the same questions over the same documents, one arm per linking.
 
-Accuracy is KVLink's (arXiv 2502.16002): a normalised gold answer is a substring of the normalised prediction.
+Every arm reads the same prompt and decodes greedily. Beside what it answers, each arm is asked how likely it holds the
+accepted answer: its NLL, the mean over the answer's tokens in nats, tells arms apart where few answers are right.
 """
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.functional import cross_entropy
+
+from kvlink_rag.chunking import chunk_text
+from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.evaluation.scores import interval, score
+from kvlink_rag.generation import generate, predict
+from kvlink_rag.joining import LinkRequest
+from kvlink_rag.kv import KV
+from kvlink_rag.linking import get_linking
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.model import LanguageModel
+from kvlink_rag.prompt import Part, Prompt, build_prompt, stop_ids
 from kvlink_rag.questions import Example
-from kvlink_rag.rag import KVLinkRAG
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+METRICS = ("accuracy", "exact_match", "f1", "nll")
+Row = dict[str, Any]
 
 
-def run_answers(
-    rag: KVLinkRAG,
-    examples: Sequence[Example],
-    linkings: Sequence[str],
-    max_new_tokens: int,
-    progress: Callable[[str, int, int], None],
-) -> list[dict[str, Any]]:
-    """Answer every example under every linking; one row of means per linking. KV is dropped after each example."""
-    scores: dict[str, list[tuple[float, float, float]]] = {linking: [] for linking in linkings}
-    for number, example in enumerate(examples, 1):
-        for linking in linkings:
-            answer = rag.ask(
-                example.question, documents=example.documents, linking=linking, max_new_tokens=max_new_tokens
+class AnswerRun:
+    """Answers examples with one model under several linkings, one row each, kept in `results.jsonl` of a folder.
+
+    A run that was cut off goes on where it stopped; runs of other models may write to the same folder.
+    """
+
+    def __init__(self, model: LanguageModel, links: LinkTokens, folder: Path, *, label: str, max_new_tokens: int):
+        self._model, self._links, self._label = model, links, label
+        self._encoder = Encoder(model)
+        self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
+        self._prefixes: dict[tuple[int, ...], KV] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "results.jsonl"
+        self.rows = read_rows(self._path)
+
+    def run(
+        self,
+        data: Mapping[str, Sequence[Example]],
+        linkings: Sequence[str],
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        """Answer all examples: the first of every file, then the second, so that a part of a run says something."""
+        done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
+        order = sorted((number, name) for name, examples in data.items() for number in range(len(examples)))
+        for place, (number, name) in enumerate(order, 1):
+            missing = [linking for linking in linkings if (name, number, self._label, linking) not in done]
+            if missing:
+                self._answer(name, number, data[name][number], missing)
+            progress("examples", place, len(order))
+
+    def _answer(self, name: str, number: int, example: Example, linkings: Sequence[str]) -> None:
+        chunk_ids = [self._encoder.token_ids(chunk_text(item.text, item.title)) for item in example.documents]
+        messages = [{"role": "user", "content": example.question}]
+        prompt = build_prompt(self._model.tokenizer, messages, chunk_ids, system=DEFAULT_SYSTEM)
+        kvs: dict[int, KV] = {}
+        if any(get_linking(linking).USES_STORED_KV for linking in linkings):
+            kvs = dict(self._encoder.encode(chunk_ids, canonical=False))
+        with self._path.open("a", encoding="utf-8") as file:
+            for linking in linkings:
+                text, nll = self._one(prompt, example.answers[0], linking, kvs)
+                row = {"data": name, "number": number, "links": self._label, "linking": linking, "nll": round(nll, 4)}
+                row |= asdict(score(text, example.answers)) | {"prediction": text}
+                self.rows.append(row)
+                file.write(json.dumps(row) + "\n")
+
+    def _one(self, prompt: Prompt, answer: str, linking: str, kvs: Mapping[int, KV]) -> tuple[str, float]:
+        """The greedy answer, and the NLL of the accepted one."""
+        model, tokenizer = self._model, self._model.tokenizer
+        gold = (*tokenizer.plain_ids(answer), *stop_ids(tokenizer))
+        asked = prompt.question_ids
+        extended = replace(prompt, parts=(*prompt.parts[:-1], Part((*asked, *gold[:-1]))))
+        request = LinkRequest(
+            model,
+            extended,
+            self._prefix(prompt.prefix_ids),
+            [kvs[place] for place in range(len(kvs))],
+            self._links,
+            self._settings.max_new_tokens,
+        )
+        context = get_linking(linking).link(request)
+        logits = predict(model, context, len(gold))
+        nll = float(cross_entropy(logits.float(), torch.tensor(gold, device=logits.device)))
+        context.rewind(len(gold) - 1, asked[-1])
+        pieces: list[str] = []
+        generate(model, context, self._settings, pieces.append)
+        context.release()
+        return "".join(pieces).strip(), nll
+
+    def _prefix(self, ids: tuple[int, ...]) -> KV:
+        if ids not in self._prefixes:
+            self._prefixes[ids] = self._encoder.encode_alone(ids)
+        return self._prefixes[ids]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of earlier runs; a line that was cut off is left out."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last line of a killed run: its example is answered again
+            continue
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Means with 95 % intervals: a row per data set and arm, then one per arm over the data sets' means."""
+    arms = list(dict.fromkeys((row["links"], row["linking"]) for row in rows))
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    found: list[Row] = []
+    for name in names:
+        for arm in arms:
+            of_arm = [row for row in rows if row["data"] == name and (row["links"], row["linking"]) == arm]
+            if of_arm:
+                found.append({"data": name, "links": arm[0], "linking": arm[1], **_means(of_arm)})
+    if len(names) > 1:
+        for arm in arms:
+            means = [row for row in found if (row["links"], row["linking"]) == arm]
+            mean = {metric: round(sum(row[metric] for row in means) / len(means), 4) for metric in METRICS}
+            examples = sum(row["examples"] for row in means)
+            found.append(
+                {"data": f"mean of {len(means)}", "links": arm[0], "linking": arm[1], "examples": examples, **mean}
             )
-            scores[linking].append(score(answer.text, example.answers))
-        rag.entries.delete(list(rag.entries.keys()))
-        progress("examples", number, len(examples))
-    return [
-        {
-            "linking": linking,
-            "examples": len(rows),
-            "accuracy": _mean([row[0] for row in rows]),
-            "exact_match": _mean([row[1] for row in rows]),
-            "f1": _mean([row[2] for row in rows]),
-        }
-        for linking, rows in scores.items()
-    ]
+    return found
 
 
-def score(prediction: str, answers: Sequence[str]) -> tuple[float, float, float]:
-    """Substring accuracy, exact match and token F1 of a prediction, best over the accepted answers."""
-    found = normalise(prediction)
-    wanted = [normalise(answer) for answer in answers]
-    accuracy = any(answer and answer in found for answer in wanted)
-    return float(accuracy), float(found in wanted), max((_f1(found, answer) for answer in wanted), default=0.0)
-
-
-def normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces (SQuAD's normalisation, arXiv 1606.05250)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def _f1(prediction: str, answer: str) -> float:
-    common = sum((Counter(prediction.split()) & Counter(answer.split())).values())
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(prediction.split()), common / len(answer.split())
-    return 2 * precision * recall / (precision + recall)
-
-
-def _mean(values: list[float]) -> float:
-    return round(sum(values) / len(values), 4) if values else 0.0
+def _means(rows: Sequence[Row]) -> Row:
+    means: Row = {"examples": len(rows)}
+    for metric in METRICS:
+        values = [row[metric] for row in rows]
+        means[metric] = round(sum(values) / len(values), 4)
+        means[f"{metric}_interval"] = [round(bound, 4) for bound in interval(values)]
+    return means

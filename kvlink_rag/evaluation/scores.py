@@ -1,0 +1,65 @@
+"""How right an answer is, and how sure a mean of such scores can be."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CHOICES = frozenset({"yes", "no", "maybe"})
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one answer, each between 0 and 1."""
+
+    accuracy: float
+    exact_match: float
+    f1: float
+
+
+def score(prediction: str, answers: Sequence[str]) -> Scores:
+    """Against the accepted answers, best over them.
+
+    accuracy is KVLink's (arXiv 2502.16002): a normalised answer is a substring of the normalised prediction; where the
+    answer is yes, no or maybe, the first word must be it.
+    """
+    found = normalise(prediction)
+    wanted = [normalise(answer) for answer in answers]
+    if set(wanted) <= _CHOICES:
+        first = found.split()[0] if found else ""
+        accuracy = first in wanted
+    else:
+        accuracy = any(answer and answer in found for answer in wanted)
+    best_f1 = max((_f1(found, answer) for answer in wanted), default=0.0)
+    return Scores(float(accuracy), float(found in wanted), best_f1)
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces (SQuAD's normalisation, arXiv 1606.05250)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean; of paired differences where `values` are such."""
+    sample = np.asarray(values, dtype=np.float64)
+    if len(sample) == 0:
+        return 0.0, 0.0
+    picks = np.random.default_rng(seed).integers(0, len(sample), (_RESAMPLES, len(sample)))
+    low, high = np.percentile(sample[picks].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _f1(prediction: str, answer: str) -> float:
+    common = sum((Counter(prediction.split()) & Counter(answer.split())).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(prediction.split()), common / len(answer.split())
+    return 2 * precision * recall / (precision + recall)

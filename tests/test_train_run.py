@@ -1,0 +1,238 @@
+"""From files to a checkpoint that answers: training learns, resumes, repeats itself, and refuses what is wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from tiny_models import build_hf, byte_tokenizer
+
+from kvlink_rag import KVLinkEngine, LanguageModel
+from kvlink_rag.errors import BadInput, CheckpointMismatch
+from kvlink_rag.questions import Example, read_examples, read_passages
+from kvlink_rag.training.lessons import draw, make_lessons
+from kvlink_rag.training.train import train
+from kvlink_rag.training.trainer import TrainSettings
+from kvlink_rag.types import Document
+
+COLOURS = ["red", "green", "blue", "white"]
+
+
+def examples(num=12):
+    """Small boxes with colours in them; the answer stands in one of three documents."""
+    rng = random.Random(0)
+    found = []
+    for number in range(num):
+        documents = [Document(f"Box {number + place}: {rng.choice(COLOURS)}.") for place in range(3)]
+        answer = documents[1].text.split(": ")[1].rstrip(".")
+        found.append(Example(f"Box {number + 1}?", (answer,), tuple(documents), frozenset({1})))
+    return found
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny model's folder."""
+    folder = tmp_path_factory.mktemp("base")
+    build_hf("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def settings(**changes):
+    rates = {"learning_rate": 5e-3, "link_learning_rate": 5e-2}
+    return TrainSettings(**{"steps": 20, "batch": 2, "slots": 2, "num_link_tokens": 2, **rates, **changes})
+
+
+def run(base, out, *, data=None, resume=False, report=lambda figures: None, **changes):
+    """Train on the boxes; the losses by step."""
+    about = train(
+        LanguageModel.load(base, dtype="float32"),
+        {"boxes": examples() if data is None else data},
+        out,
+        settings(**changes),
+        resume=resume,
+        report=report,
+    )
+    return {entry["step"]: entry["loss"] for entry in about["log"]}
+
+
+@pytest.mark.parametrize("trainable", ["links", "reader", "lora", "full"])
+def test_twenty_steps_lower_the_loss(trainable, base, tmp_path):
+    losses = run(base, tmp_path / "out", trainable=trainable)
+    assert len(losses) == 20
+    assert sum(losses[step] for step in range(17, 21)) < 0.95 * sum(losses[step] for step in range(1, 5))
+
+
+@pytest.mark.parametrize("objective", ["distill", "mixed"])
+def test_a_teacher_s_words_can_be_learnt(objective, base, tmp_path):
+    losses = run(base, tmp_path / "out", trainable="reader", objective=objective)
+    assert losses[20] < losses[1]
+
+
+def test_the_same_seed_gives_the_same_curve(base, tmp_path):
+    first, second = (run(base, tmp_path / name, steps=6) for name in ("a", "b"))
+    assert first == pytest.approx(second, rel=0.01)
+    assert run(base, tmp_path / "c", steps=6, seed=1) != pytest.approx(first, rel=0.01)
+
+
+def test_a_stopped_run_goes_on_where_it_stood(base, tmp_path):
+    """Ctrl-C in the middle loses nothing, and the curve is that of a run that was never stopped."""
+    whole = run(base, tmp_path / "whole", steps=8)
+
+    def stop_at_5(figures):
+        if figures["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path / "out", steps=8, report=stop_at_5)
+    assert not (tmp_path / "out" / "kvlink.json").exists()
+    steps = []
+    resumed = run(base, tmp_path / "out", steps=8, resume=True, report=lambda figures: steps.append(figures["step"]))
+    assert steps == [6, 7, 8]
+    assert {step: resumed[step] for step in steps} == pytest.approx({step: whole[step] for step in steps}, rel=0.01)
+
+
+def test_only_the_same_run_is_resumed(base, tmp_path):
+    with pytest.raises(BadInput, match="no run to resume"):
+        run(base, tmp_path / "out", steps=1, resume=True)
+    run(base, tmp_path / "out", steps=1)
+    with pytest.raises(BadInput, match="holds a run already"):
+        run(base, tmp_path / "out", steps=1)
+    with pytest.raises(BadInput, match="other settings"):
+        run(base, tmp_path / "out", steps=1, resume=True, seed=5)
+
+
+def test_a_reader_answers_over_a_store_that_was_filled_without_it(base, tmp_path):
+    """Documents are read by the base's weights, so training empties no store; plain prompts are the base's too."""
+    run(base, tmp_path / "ckpt", trainable="reader")
+    texts = {"a": "Box 1: red.", "b": "Box 2: blue."}
+    with KVLinkEngine.load(base, tmp_path / "store", dtype="float32") as untrained:
+        untrained.add_chunks(texts)
+        before = untrained.ask("Box 1?", documents=list(texts.values()), max_new_tokens=8)
+        plain = untrained.ask("Box 1?", max_new_tokens=8)
+        full = untrained.ask("Box 1?", documents=list(texts.values()), linking="full", max_new_tokens=8)
+        fingerprint = untrained.fingerprint
+    with KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "ckpt", dtype="float32") as trained:
+        assert trained.fingerprint == fingerprint
+        after = trained.ask("Box 1?", documents=list(texts.values()), max_new_tokens=8)
+        assert all(source.reused for source in after.sources)
+        assert after.text != before.text
+        assert trained.ask("Box 1?", documents=list(texts.values()), linking="full", max_new_tokens=8).text != full.text
+        assert trained.ask("Box 1?", max_new_tokens=8).text == plain.text
+        assert trained.links.num_per_chunk == 2
+
+
+def test_an_adapter_for_documents_is_another_model(base, tmp_path):
+    """Its KV is kept apart from the base's."""
+    run(base, tmp_path / "ckpt", trainable="lora", steps=2)
+    with KVLinkEngine.load(base, tmp_path / "store", dtype="float32") as untrained:
+        fingerprint = untrained.fingerprint
+    with KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "ckpt", dtype="float32") as trained:
+        assert trained.fingerprint != fingerprint
+    with pytest.raises(BadInput, match="adapter of its own"):
+        KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "ckpt", adapter=tmp_path / "ckpt" / "adapter")
+
+
+def test_full_training_exports_a_model_of_its_own(base, tmp_path):
+    run(base, tmp_path / "ckpt", trainable="full", steps=2)
+    model = tmp_path / "ckpt" / "model"
+    with KVLinkEngine.load(model, tmp_path / "store", links=tmp_path / "ckpt", dtype="float32") as trained:
+        assert trained.ask("Box 1?", documents=["Box 1: red."], max_new_tokens=2).text is not None
+    with pytest.raises(CheckpointMismatch, match="trained for"):
+        KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "ckpt", dtype="float32")
+
+
+def test_a_loaded_reader_is_what_was_trained(base, tmp_path):
+    """The adapter is shipped in bfloat16; nothing else is lost between the learner and the loaded model."""
+    run(base, tmp_path / "ckpt", trainable="reader")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = LanguageModel.load(base, reader=tmp_path / "ckpt" / "reader", dtype="float32")
+    unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ckpt" / "reader")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        assert (loaded.reader(ids).logits - unmerged(ids).logits).abs().max() < 1e-4
+        assert (loaded.reader(ids).logits - loaded.hf(ids).logits).abs().max() > 1e-2
+    embeddings = loaded.hf.get_input_embeddings().weight, loaded.reader.get_input_embeddings().weight
+    assert embeddings[0].data_ptr() == embeddings[1].data_ptr()  # what the adapter leaves alone is held once
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainable": "everything"}, "not one of links"),
+        ({"objective": "luck"}, "not one of answers"),
+        ({"trainable": "links", "num_link_tokens": 0}, "nothing to train"),
+        ({"min_docs": 5, "max_docs": 2}, "in order"),
+        ({"steps": 0}, "at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, words):
+    with pytest.raises(BadInput, match=words):
+        settings(**changes)
+
+
+def test_no_example_is_said(base, tmp_path):
+    with pytest.raises(BadInput, match="no example"):
+        run(base, tmp_path / "out", data=[])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "no JSON"),
+        ('{"question": "q", "answers": ["a"]}', "not an example"),
+        ('{"question": "q", "answers": ["a"], "documents": [{"passage": "p-9"}]}', "passage 'p-9'"),
+        ('["q"]', "not an example"),
+    ],
+)
+def test_a_bad_line_is_named(line, words, tmp_path):
+    good = json.dumps({"question": "q", "answers": ["a"], "documents": [{"text": "t"}]})
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{good}\n{line}\n", "utf-8")
+    with pytest.raises(BadInput, match=words) as error:
+        read_examples(path)
+    assert f"{path}:2" in str(error.value)
+
+
+def test_documents_may_be_named_instead_of_repeated(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"id": "p-1", "title": "T", "text": "text"}\n', "utf-8")
+    row = {"question": "q", "answers": ["a"], "documents": [{"passage": "p-1", "is_gold": True}]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    found = read_examples(tmp_path / "d.jsonl", None, read_passages([tmp_path / "p.jsonl"]))
+    assert found == [Example("q", ("a",), (Document("text", title="T"),), frozenset({0}))]
+
+
+def test_questions_are_shared_only_where_their_documents_are_all_there():
+    documents = [Document(text) for text in ("one", "two", "three")]
+    one = Example("1?", ("1",), tuple(documents[:2]), frozenset({0}))
+    both = Example("1 and 2?", ("12",), tuple(documents[:2]), frozenset({0, 1}))
+    three = Example("3?", ("3",), tuple(documents), frozenset({2}))
+    unknown = Example("what?", ("x",), tuple(documents), frozenset())
+    lessons = make_lessons([one, both, three, unknown], max_turns=9)
+    asked = [{item.question for item in lesson.asked} for lesson in lessons]
+    assert asked == [{"1?", "1 and 2?"}] * 2 + [{"1?", "1 and 2?", "3?"}, {"1?", "1 and 2?", "3?", "what?"}]
+    assert [len(lesson.asked) for lesson in make_lessons([one, both, three], max_turns=2)] == [2, 2, 2]
+    assert lessons[3].asked[0].question == "what?"
+
+
+def test_a_drawn_lesson_keeps_what_its_questions_need():
+    """Numbers of documents vary evenly between the bounds, and their order too."""
+    documents = tuple(Document(f"text {number}") for number in range(8))
+    lessons = make_lessons(
+        [Example(f"{number}?", (str(number),), documents, frozenset({number})) for number in range(8)], max_turns=8
+    )
+    counts, firsts = set(), set()
+    for seed in range(200):
+        drawn = draw(lessons[3], random.Random(seed), min_documents=2, max_documents=5)
+        texts = {document.text for document in drawn.documents}
+        assert all(item.needs <= texts for item in drawn.asked)
+        assert "3?" in {item.question for item in drawn.asked}
+        assert len(drawn.asked) == len(texts)
+        counts.add(len(texts))
+        firsts.add(drawn.documents[0].text)
+    assert counts == {2, 3, 4, 5}
+    assert len(firsts) == 8
