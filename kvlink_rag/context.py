@@ -8,6 +8,7 @@ the gaps that were left for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,14 +145,17 @@ class Context:
             layer.expect(positions, length)
         return Cache(layers=layers)
 
-    def rewind(self, num_tokens: int, last_id: int) -> None:
-        """Forget the last num_tokens of a context that has been computed, and compute the one before them again."""
+    def rewind(self, num_tokens: int, ids: Sequence[int]) -> None:
+        """Forget the last num_tokens of a context that has been computed.
+
+        The token before them is computed again, as ids[0], and the other ids behind it.
+        """
         assert self.pending is not None
-        self.num_tokens -= num_tokens
-        self.num_placed = self.num_tokens - 1
-        position = torch.tensor([self.num_placed], device=self._keys.device)
-        ids = torch.tensor([[last_id]], device=self._keys.device)
-        self.pend(last_id, position, ids=ids, by_reader=self.pending.by_reader)
+        self.num_placed = self.num_tokens - num_tokens - 1
+        self.num_tokens = self.num_placed + len(ids)
+        device = self._keys.device
+        positions = torch.arange(self.num_placed, self.num_tokens, device=device)
+        self.pend(ids[-1], positions, ids=torch.tensor([list(ids)], device=device), by_reader=self.pending.by_reader)
 
     def release(self) -> None:
         """Hand the memory back for the next context; this one must not be used any more."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from torch.nn.functional import cross_entropy
 from kvlink_rag.chunking import chunk_text
 from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
 from kvlink_rag.encoding import Encoder
+from kvlink_rag.evaluation.forced import Forcing
 from kvlink_rag.evaluation.scores import interval, score
-from kvlink_rag.generation import generate, predict
-from kvlink_rag.joining import LinkRequest
+from kvlink_rag.generation import generate
 from kvlink_rag.kv import KV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.prompt import Part, Prompt, build_prompt, stop_ids
+from kvlink_rag.prompt import Prompt, build_prompt, stop_ids
 from kvlink_rag.questions import Example
 
 METRICS = ("accuracy", "exact_match", "f1", "nll")
@@ -39,13 +39,14 @@ class AnswerRun:
     """
 
     def __init__(self, model: LanguageModel, links: LinkTokens, folder: Path, *, label: str, max_new_tokens: int):
-        self._model, self._links, self._label = model, links, label
+        self._model, self._label = model, label
         self._encoder = Encoder(model)
         self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
-        self._prefixes: dict[tuple[int, ...], KV] = {}
+        self._forcing = Forcing(self._encoder, links)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "results.jsonl"
         self.rows = read_rows(self._path)
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), "utf-8")  # without a line cut off
 
     def run(
         self,
@@ -66,9 +67,9 @@ class AnswerRun:
         chunk_ids = [self._encoder.token_ids(chunk_text(item.text, item.title)) for item in example.documents]
         messages = [{"role": "user", "content": example.question}]
         prompt = build_prompt(self._model.tokenizer, messages, chunk_ids, system=DEFAULT_SYSTEM)
-        kvs: dict[int, KV] = {}
+        kvs: list[KV] = []
         if any(get_linking(linking).USES_STORED_KV for linking in linkings):
-            kvs = dict(self._encoder.encode(chunk_ids, canonical=False))
+            kvs = self._forcing.chunks(prompt)
         with self._path.open("a", encoding="utf-8") as file:
             for linking in linkings:
                 text, nll = self._one(prompt, example.answers[0], linking, kvs)
@@ -77,33 +78,17 @@ class AnswerRun:
                 self.rows.append(row)
                 file.write(json.dumps(row) + "\n")
 
-    def _one(self, prompt: Prompt, answer: str, linking: str, kvs: Mapping[int, KV]) -> tuple[str, float]:
+    def _one(self, prompt: Prompt, answer: str, linking: str, kvs: Sequence[KV]) -> tuple[str, float]:
         """The greedy answer, and the NLL of the accepted one."""
         model, tokenizer = self._model, self._model.tokenizer
         gold = (*tokenizer.plain_ids(answer), *stop_ids(tokenizer))
-        asked = prompt.question_ids
-        extended = replace(prompt, parts=(*prompt.parts[:-1], Part((*asked, *gold[:-1]))))
-        request = LinkRequest(
-            model,
-            extended,
-            self._prefix(prompt.prefix_ids),
-            [kvs[place] for place in range(len(kvs))],
-            self._links,
-            self._settings.max_new_tokens,
-        )
-        context = get_linking(linking).link(request)
-        logits = predict(model, context, len(gold))
+        context, logits = self._forcing.logits(prompt, kvs, linking, gold, self._settings.max_new_tokens)
         nll = float(cross_entropy(logits.float(), torch.tensor(gold, device=logits.device)))
-        context.rewind(len(gold) - 1, asked[-1])
+        context.rewind(len(gold) - 1, prompt.question_ids[-1:])
         pieces: list[str] = []
         generate(model, context, self._settings, pieces.append)
         context.release()
         return "".join(pieces).strip(), nll
-
-    def _prefix(self, ids: tuple[int, ...]) -> KV:
-        if ids not in self._prefixes:
-            self._prefixes[ids] = self._encoder.encode_alone(ids)
-        return self._prefixes[ids]
 
 
 def read_rows(path: Path) -> list[Row]:

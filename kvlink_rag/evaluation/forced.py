@@ -1,0 +1,53 @@
+"""How likely a linking holds a given answer: the answer is fed word by word, and every prediction kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from kvlink_rag.context import Context
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.generation import predict
+from kvlink_rag.joining import LinkRequest
+from kvlink_rag.kv import KV
+from kvlink_rag.linking import get_linking
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.prompt import Part, Prompt
+
+
+class Forcing:
+    """Feeds answers to one model under any linking. Chunks are encoded once per prompt, by `chunks`."""
+
+    def __init__(self, encoder: Encoder, links: LinkTokens):
+        self._encoder, self._links = encoder, links
+        self._prefixes: dict[tuple[int, ...], KV] = {}
+
+    def chunks(self, prompt: Prompt) -> list[KV]:
+        """KV of the prompt's chunks, in order, up to rounding as a store would give it."""
+        kvs = dict(self._encoder.encode(prompt.chunk_ids, canonical=False))
+        return [kvs[place] for place in range(len(kvs))]
+
+    def context(self, prompt: Prompt, kvs: Sequence[KV], linking: str, room: int) -> Context:
+        """The prompt, linked, with room for an answer."""
+        request = LinkRequest(self._encoder.model, prompt, self._prefix(prompt), kvs, self._links, room)
+        context: Context = get_linking(linking).link(request)
+        return context
+
+    def logits(
+        self, prompt: Prompt, kvs: Sequence[KV], linking: str, answer_ids: Sequence[int], room: int = 0
+    ) -> tuple[Context, Tensor]:
+        """Logits [answer tokens, vocabulary] that predict the answer's tokens, and the context with the answer in it.
+
+        `Context.rewind(len(answer_ids) - 1, last id of the question)` takes the answer out again.
+        """
+        parts = (*prompt.parts[:-1], Part((*prompt.question_ids, *answer_ids[:-1])))
+        context = self.context(replace(prompt, parts=parts), kvs, linking, room)
+        return context, predict(self._encoder.model, context, len(answer_ids))
+
+    def _prefix(self, prompt: Prompt) -> KV:
+        ids = prompt.prefix_ids
+        if ids not in self._prefixes:
+            self._prefixes[ids] = self._encoder.encode_alone(ids)
+        return self._prefixes[ids]

@@ -1,0 +1,86 @@
+"""Questions about documents that nobody labelled: the model asks them, and answers them itself by full prefill.
+
+So link tokens can be trained, by distillation, on any store and with nothing but the store.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvlink_rag.config import DEFAULT_K
+from kvlink_rag.errors import BadInput
+from kvlink_rag.questions import Example
+from kvlink_rag.rag import KVLinkRAG
+from kvlink_rag.types import Document
+
+ASK = "{text}\n\nWrite one short question that this text answers. Write only the question."
+
+
+@dataclass(frozen=True)
+class _Asked:
+    question: str
+    chunk: str
+
+
+def study(
+    rag: KVLinkRAG,
+    num_questions: int,
+    *,
+    k: int = DEFAULT_K,
+    questions_per_chunk: int = 3,
+    max_new_tokens: int = 24,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[Example]:
+    """At most num_questions examples over the store's chunks, each with the k chunks that would be retrieved for it.
+
+    All questions of a chunk share the chunks found for the first of them, so that training reads those once. Chunks
+    of which the model can make no question are passed over. Raises BadInput for an empty store.
+    """
+    texts = sorted({text for _, text in rag.index.texts()})
+    if not texts:
+        raise BadInput(f"the store {rag.folder} holds no documents; add some first")
+    rng = random.Random(seed)
+    rng.shuffle(texts)
+    examples: list[Example] = []
+    for number, text in enumerate(texts):
+        if len(examples) >= num_questions:
+            break
+        wanted = min(questions_per_chunk, num_questions - len(examples))
+        questions = _questions(rag, text, wanted, seed=seed + 1000 * number)
+        if not questions:
+            continue
+        others = [hit.chunk.text for hit in rag.search(questions[0], k=k) if hit.chunk.text != text]
+        found = [text, *others[: k - 1]]
+        rng.shuffle(found)
+        documents = tuple(Document(item) for item in found)
+        for question in questions:
+            answer = rag.ask(question, documents=documents, linking="full", max_new_tokens=max_new_tokens)
+            examples.append(Example(question, (answer.text,), documents, frozenset({found.index(text)})))
+            progress("questions", len(examples), num_questions)
+    if not examples:
+        raise BadInput(f"{rag.model.name} makes no question of any of {len(texts)} chunks; train on a question file")
+    return examples
+
+
+def _questions(rag: KVLinkRAG, text: str, wanted: int, *, seed: int) -> list[str]:
+    """Different questions that the model makes of a text; what does not end in a question mark is none."""
+    found: list[str] = []
+    for attempt in range(2 * wanted):
+        answer = rag.ask(
+            ASK.format(text=text),
+            documents=[],
+            max_new_tokens=32,
+            temperature=0.7 if attempt else 0.0,
+            seed=seed + attempt,
+            stop=["?", "\n\n"],
+        )
+        question = answer.text.strip().strip('"').splitlines()[-1:] or [""]
+        words = question[0].removeprefix("Question:").strip()
+        if answer.finish_reason == "stop" and len(words.split()) >= 3 and f"{words}?" not in found:
+            found.append(f"{words}?")
+        if len(found) == wanted:
+            break
+    return found

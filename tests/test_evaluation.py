@@ -1,0 +1,161 @@
+"""Scores mean what they say, runs resume, and the arms of an evaluation answer as the product does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_models import build, build_hf, byte_tokenizer
+
+from kvlink_rag import Document, KVLinkEngine, LanguageModel
+from kvlink_rag.config import DEFAULT_SYSTEM
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.evaluation.agreement import agreement
+from kvlink_rag.evaluation.answers import AnswerRun, summary
+from kvlink_rag.evaluation.forced import Forcing
+from kvlink_rag.evaluation.scores import interval, score
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.prompt import build_prompt
+from kvlink_rag.questions import Example
+
+DOCUMENTS = (Document("The horn is called Old Bertha."), Document("The ferry leaves at nine.", title="Ferry"))
+EXAMPLES = [
+    Example("What is the horn called?", ("Old Bertha", "Bertha"), DOCUMENTS),
+    Example("When does it leave?", ("nine",), DOCUMENTS),
+]
+LINKINGS = ["full", "plain", "link_tokens"]
+
+
+@pytest.fixture(scope="module")
+def with_reader():
+    """A tiny model whose reader differs from what reads its documents in all but its embeddings."""
+    hf, reader = build_hf("llama"), build_hf("llama", seed=3)
+    reader.set_input_embeddings(hf.get_input_embeddings())
+    return LanguageModel(hf, byte_tokenizer(), reader=reader)
+
+
+def ask(engine, example, linking):
+    return engine.ask(
+        example.question, documents=example.documents, system=DEFAULT_SYSTEM, linking=linking, max_new_tokens=8
+    ).text
+
+
+@pytest.mark.parametrize("has_reader", [False, True])
+def test_every_arm_answers_as_the_product_does(has_reader, tiny, with_reader, tmp_path):
+    model = with_reader if has_reader else tiny
+    run = AnswerRun(model, LinkTokens.untrained(model), tmp_path / "out", label="untrained", max_new_tokens=8)
+    run.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
+    with KVLinkEngine(model, tmp_path / "store") as engine:
+        for row in run.rows:
+            assert row["prediction"] == ask(engine, EXAMPLES[row["number"]], row["linking"])
+
+
+def test_nll_is_the_model_s_own_loss_on_the_answer(tiny):
+    """Under full prefill it is what transformers computes from labels."""
+    encoder = Encoder(tiny)
+    chunk_ids = [encoder.token_ids("The horn is called Old Bertha.")]
+    prompt = build_prompt(tiny.tokenizer, [{"role": "user", "content": "Called?"}], chunk_ids, system="Be brief.")
+    answer = tiny.tokenizer.plain_ids("Old Bertha")
+    _, logits = Forcing(encoder, LinkTokens.untrained(tiny)).logits(prompt, [], "full", answer)
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+    ids = torch.tensor([[*prompt.ids, *answer]])
+    labels = ids.clone()
+    labels[:, : len(prompt.ids)] = -100
+    with torch.inference_mode():
+        expected = tiny.hf(ids, labels=labels).loss
+    assert abs(float(nll) - float(expected)) < 1e-4
+
+
+def test_full_prefill_with_a_reader_reads_documents_without_it(with_reader):
+    """Prefix and documents by one model, the question by the other, as transformers does it in two calls."""
+    encoder = Encoder(with_reader)
+    chunk_ids = [encoder.token_ids("The horn is called Old Bertha.")]
+    prompt = build_prompt(with_reader.tokenizer, [{"role": "user", "content": "Called?"}], chunk_ids, system="Short.")
+    _, logits = Forcing(encoder, LinkTokens.untrained(with_reader)).logits(prompt, [], "full", [5, 6, 7])
+    read = torch.tensor([[*prompt.prefix_ids, *chunk_ids[0]]])
+    asked = torch.tensor([[*prompt.question_ids, 5, 6]])
+    with torch.inference_mode():
+        cache = with_reader.hf(read, use_cache=True)[1]
+        expected = with_reader.reader(asked, **{with_reader.cache_argument: cache}).logits[0, -3:]
+    assert (logits - expected).abs().max() < 1e-4
+
+
+def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
+    links = LinkTokens.untrained(tiny)
+
+    def run(data, linkings):
+        found = AnswerRun(tiny, links, tmp_path, label="untrained", max_new_tokens=2)
+        found.run({"data": data}, linkings, lambda stage, done, total: None)
+        return found.rows
+
+    first = run(EXAMPLES[:1], ["plain"])
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text("utf-8") + '{"data": "da', "utf-8")  # killed while writing
+    rows = run(EXAMPLES, ["plain", "full"])
+    assert rows[0] == first[0]
+    assert sorted((row["number"], row["linking"]) for row in rows) == [
+        (0, "full"), (0, "plain"), (1, "full"), (1, "plain")
+    ]  # fmt: skip
+    assert run(EXAMPLES, ["plain", "full"]) == rows
+
+
+def test_agreement_is_whole_with_a_full_prefill_itself(tiny, tmp_path):
+    questions = [(example.question, example.documents) for example in EXAMPLES]
+    with KVLinkEngine(tiny, tmp_path) as engine:
+        same = agreement(engine, questions, "full")
+        linked = agreement(engine, questions, "link_tokens")
+    assert same.top1 == 1.0 and abs(same.kl) < 1e-5
+    assert linked.top1 <= 1.0 and linked.kl > 1e-3
+    assert same.num_tokens == linked.num_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("It is the Old Bertha!", ["old bertha"], (1, 0, 0.67)),
+        ("Old Bertha.", ["the old bertha", "x"], (1, 1, 1)),
+        ("Young", ["old bertha"], (0, 0, 0)),
+        ("Yes, it is known.", ["yes"], (1, 0, 0.4)),
+        ("Nobody knows", ["no"], (0, 0, 0)),
+        ("", ["yes"], (0, 0, 0)),
+    ],
+)
+def test_scores(prediction, answers, expected):
+    """Substring accuracy, but the first word where the answer is yes or no."""
+    found = score(prediction, answers)
+    assert (found.accuracy, found.exact_match) == expected[:2]
+    assert found.f1 == pytest.approx(expected[2], abs=0.01)
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_more_values():
+    few, many = interval([0, 1] * 10), interval([0, 1] * 1000)
+    assert few[0] < many[0] < 0.5 < many[1] < few[1]
+    assert interval([0.25] * 7) == (0.25, 0.25)
+
+
+def test_a_summary_has_a_row_per_data_set_and_arm_and_their_mean():
+    def row(data, linking, accuracy):
+        scores = {"accuracy": accuracy, "exact_match": 0.0, "f1": 0.0, "nll": 1.0}
+        return {"data": data, "number": 0, "links": "x", "linking": linking, **scores}
+
+    rows = summary([row("a", "full", 1.0), row("a", "plain", 0.0), row("b", "full", 0.0), row("b", "plain", 0.0)])
+    assert [(r["data"], r["linking"], r["accuracy"]) for r in rows] == [
+        ("a", "full", 1.0), ("a", "plain", 0.0), ("b", "full", 0.0), ("b", "plain", 0.0),
+        ("mean of 2", "full", 0.5), ("mean of 2", "plain", 0.0),
+    ]  # fmt: skip
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_families_agree_on_what_is_forced():
+    """Feeding an answer through linked chunks, windows or not, is what decoding it word by word would predict."""
+    model = build("gemma3-window")
+    encoder = Encoder(model)
+    chunk_ids = [encoder.token_ids(document.text) for document in DOCUMENTS]
+    prompt = build_prompt(model.tokenizer, [{"role": "user", "content": "Called?"}], chunk_ids, system="Be brief.")
+    forcing = Forcing(encoder, LinkTokens.untrained(model))
+    kvs = forcing.chunks(prompt)
+    _, at_once = forcing.logits(prompt, kvs, "link_tokens", [5, 6, 7, 8])
+    for length in (1, 2, 3):
+        _, step = forcing.logits(prompt, kvs, "link_tokens", [5, 6, 7, 8][:length])
+        assert (step[-1] - at_once[length - 1]).abs().max() < 1e-4
