@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from kvlink_rag.config import ChunkSettings
-from kvlink_rag.types import Chunk, Document
+from kvlink_rag.errors import BadInput
+from kvlink_rag.types import Chunk, Document, Hit
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![」』）”’])\s*|\n")  # noqa: RUF001 - full-width marks end sentences too
@@ -19,6 +20,17 @@ def chunk_text(text: str, title: str | None) -> str:
     """What the model reads of a document or a part of it: the title line, then the text."""
     text = text.strip()
     return f"{title.strip()}\n{text}" if title and title.strip() else text
+
+
+def as_hit(item: str | Document | Hit) -> Hit:
+    """A document given by the caller, as one chunk; its text is what the store would hold for it."""
+    if isinstance(item, Hit):
+        return item
+    document = Document(item) if isinstance(item, str) else item
+    if not document.text.strip():
+        raise BadInput("a document given with the question holds no text")
+    text = chunk_text(document.text, document.title)
+    return Hit(Chunk(text, document.id or "given", 0, document.metadata))
 
 
 def split(document: Document, document_id: str, count: Count, settings: ChunkSettings) -> list[Chunk]:

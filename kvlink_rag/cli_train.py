@@ -8,19 +8,34 @@ from typing import Annotated, Any
 
 import typer
 
-from kvlink_rag.cli_options import DEFAULT_MODEL_NAME, Device, Dtype, Json, Model, loaded_model
+from kvlink_rag.cli_options import (
+    DEFAULT_EMBEDDER_NAME,
+    DEFAULT_MODEL_NAME,
+    Device,
+    Dtype,
+    Embedder,
+    Json,
+    Model,
+    loaded,
+    loaded_model,
+)
 from kvlink_rag.config import UNTRAINED
-from kvlink_rag.console import training_bar
+from kvlink_rag.console import progress_bar, training_bar
 from kvlink_rag.errors import BadInput, KVLinkError
 
 
 def train(
-    data: Annotated[
-        list[str],
-        typer.Option("--data", help="Question files (.jsonl, .jsonl.gz), each FILE or FILE=WEIGHT; repeatable."),
-    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the checkpoint.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Question files (.jsonl, .jsonl.gz), each FILE or FILE=WEIGHT; repeatable."),
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Learn from this store's documents; the model asks the questions.")
+    ] = None,
+    questions: Annotated[int, typer.Option("--questions", help="How many to ask about --store.", min=1)] = 100,
     model: Model = DEFAULT_MODEL_NAME,
+    embedder: Embedder = DEFAULT_EMBEDDER_NAME,
     passages: Annotated[
         list[Path] | None,
         typer.Option("--passages", help="Files with the passages that questions name by id; repeatable."),
@@ -56,6 +71,7 @@ def train(
 ) -> None:
     """Train link tokens for a model, and with --trainable reader, lora or full what reads them."""
     from kvlink_rag.questions import read_examples, read_passages
+    from kvlink_rag.training.study import studied
     from kvlink_rag.training.train import train as run_training
     from kvlink_rag.training.trainer import TrainSettings
 
@@ -76,12 +92,22 @@ def train(
         save_minutes=save_minutes,
         seed=seed,
     )
-    files = [_file_and_weight(given) for given in data]
+    if not data and store is None:
+        raise BadInput("nothing to learn from: give question files (--data) or a store of documents (--store)")
+    files = [_file_and_weight(given) for given in data or ()]
     known = read_passages(passages or [])
     examples = {path.name: read_examples(path, limit, known) for path, _ in files}
     if len(examples) < len(files):
         raise BadInput("two data files have the same name; rename one")
-    language_model, _ = loaded_model(model, dtype, device, links=UNTRAINED)
+    if store is None:
+        language_model, _ = loaded_model(model, dtype, device, links=UNTRAINED)
+    else:
+        with (
+            loaded(store, model, embedder, must_exist=True, links=UNTRAINED, dtype=dtype, device=device) as rag,
+            progress_bar() as progress,
+        ):
+            examples["store"] = studied(rag, out / "run" / "questions.jsonl", questions, seed, progress)
+            language_model = rag.model
     try:
         with training_bar() as report:
             about = run_training(

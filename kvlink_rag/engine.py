@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from kvlink_rag import maintenance
 from kvlink_rag.answering import AnswerMaker, Request
-from kvlink_rag.chunking import chunk_text
+from kvlink_rag.chunking import as_hit, chunk_text
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
     DEFAULT_ENCODING_PREFIX,
@@ -82,6 +82,7 @@ class KVLinkEngine:
         self.limits = limits or StoreSettings()
         self.links = links or LinkTokens.untrained(model)
         self.encoder = Encoder(model, template=chunk_template, encoding_prefix=encoding_prefix)
+        self.links.check_recipe(self.encoder.recipe)
         self.folder = open_folder(store)
         self.entries = DiskStore(self.folder / "kv", max_bytes=self.limits.max_bytes)
         self.kvs = KVStore(self.entries, self.encoder.fingerprint, model.kv_shape)
@@ -371,17 +372,6 @@ class KVLinkEngine:
         self._source.encode([ids for ids in chunk_ids if not self._source.is_stored(ids)])
         for ids in chunk_ids:
             self.entries.advise(self.kvs.key(ids))
-
-
-def as_hit(item: str | Document | Hit) -> Hit:
-    """A document given by the caller, as one chunk; its text is what the store would hold for it."""
-    if isinstance(item, Hit):
-        return item
-    document = Document(item) if isinstance(item, str) else item
-    if not document.text.strip():
-        raise BadInput("a document given with the question holds no text")
-    text = chunk_text(document.text, document.title)
-    return Hit(Chunk(text, document.id or "given", 0, document.metadata))
 
 
 def checked(job: Job, progress: Progress | None) -> Progress:

@@ -24,6 +24,7 @@ from torch import Tensor
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.errors import BadInput, CheckpointMismatch
 from kvlink_rag.model import LanguageModel, model_folder, model_origin, weights_digest
+from kvlink_rag.recipe import Recipe
 
 DEFAULT_NUM_LINKS = 5
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -131,6 +132,15 @@ class LinkTokens:
     def for_chunk(self, index: int) -> Tensor:
         """Embeddings [K, hidden] behind the chunk at place `index`."""
         return self.embeddings[min(index, self.embeddings.shape[0] - 1)]
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise CheckpointMismatch unless trained on chunks that were encoded by this recipe's template and prefix."""
+        for name in ("chunk_template", "encoding_prefix"):
+            if name in self.about and self.about[name] != getattr(recipe, name):
+                raise CheckpointMismatch(
+                    f"the links of {self.name} were trained with another {name.replace('_', ' ')}; leave that as it "
+                    f"is, train links anew, or load without trained ones: links={UNTRAINED!r}"
+                )
 
     @classmethod
     def untrained(

@@ -179,7 +179,7 @@ def test_eval_reads_questions_and_names_a_bad_line(kvlink, tmp_path):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     code, out, _ = kvlink("eval", "--data", path, "--linking", "full,link_tokens", "--max-new-tokens", 8, "--json")
     form = json.loads(out)
-    assert code == 0 and [row["linking"] for row in form["rows"]] == ["full", "link_tokens"]
+    assert code == 0 and [row["linking"] for row in form] == ["full", "link_tokens"]
     path.write_text(path.read_text() + "\n{}\n")
     code, _, err = kvlink("eval", "--data", path)
     assert code == 1 and f"{path}:2" in err.replace("\n", "")
@@ -196,6 +196,6 @@ def test_bench_ttft_prints_its_json_form(kvlink):
 
 
 def test_help_is_there_for_every_command(kvlink):
-    for command in ([], ["add"], ["ask"], ["chat"], ["eval"], ["store"], ["bench"], ["store", "prune"]):
+    for command in ([], ["add"], ["ask"], ["chat"], ["eval"], ["train"], ["store"], ["bench"], ["store", "prune"]):
         code, out, _ = kvlink(*command, "--help")
         assert code == 0 and "Usage: kvlink" in out

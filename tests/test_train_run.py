@@ -135,6 +135,12 @@ def test_an_adapter_for_documents_is_another_model(base, tmp_path):
         KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "ckpt", adapter=tmp_path / "ckpt" / "adapter")
 
 
+def test_links_serve_only_chunks_encoded_as_in_training(base, tmp_path):
+    run(base, tmp_path / "ckpt", trainable="links", steps=1)
+    with pytest.raises(CheckpointMismatch, match="another encoding prefix"):
+        KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "ckpt", encoding_prefix="Look:", dtype="float32")
+
+
 def test_full_training_exports_a_model_of_its_own(base, tmp_path):
     run(base, tmp_path / "ckpt", trainable="full", steps=2)
     model = tmp_path / "ckpt" / "model"

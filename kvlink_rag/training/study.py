@@ -5,23 +5,18 @@ So link tokens can be trained, by distillation, on any store and with nothing bu
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 from kvlink_rag.config import DEFAULT_K
 from kvlink_rag.errors import BadInput
-from kvlink_rag.questions import Example
+from kvlink_rag.questions import Example, read_examples
 from kvlink_rag.rag import KVLinkRAG
 from kvlink_rag.types import Document
 
 ASK = "{text}\n\nWrite one short question that this text answers. Write only the question."
-
-
-@dataclass(frozen=True)
-class _Asked:
-    question: str
-    chunk: str
 
 
 def study(
@@ -63,6 +58,25 @@ def study(
     if not examples:
         raise BadInput(f"{rag.model.name} makes no question of any of {len(texts)} chunks; train on a question file")
     return examples
+
+
+def studied(
+    rag: KVLinkRAG, path: Path, num_questions: int, seed: int, progress: Callable[[str, int, int], None]
+) -> list[Example]:
+    """`study`, kept in a question file: a run that is resumed learns from the same questions."""
+    if not path.exists():
+        examples = study(rag, num_questions, seed=seed, progress=progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(_line(example) for example in examples), "utf-8")
+    return read_examples(path)
+
+
+def _line(example: Example) -> str:
+    documents = [
+        {"text": document.text, "is_gold": place in example.gold} for place, document in enumerate(example.documents)
+    ]
+    row = {"question": example.question, "answers": list(example.answers), "documents": documents}
+    return json.dumps(row) + "\n"
 
 
 def _questions(rag: KVLinkRAG, text: str, wanted: int, *, seed: int) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvlink_rag.compute import Job, compute
 from kvlink_rag.config import GIB
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput, MissingExtra
@@ -48,15 +49,39 @@ def train(
     Raises BadInput, MissingExtra.
     """
     settings, out = settings or TrainSettings(), Path(out)
-    unknown = sorted(set(weights or {}) - set(data))
+    weights = weights or {}
+    unknown = sorted(set(weights) - set(data))
     if unknown or not any(data.values()):
         raise BadInput(f"weights for unknown data: {', '.join(unknown)}" if unknown else "the data hold no example")
+    folder = Path(kv_folder) if kv_folder is not None else out / "run" / "kv"
+
+    def work(job: Job) -> dict[str, Any]:
+        def checked(figures: Mapping[str, Any]) -> None:
+            job.check()
+            report(figures)
+
+        return _train(model, data, out, settings, weights, resume, folder, int(kv_gib * GIB), checked)
+
+    return compute.run(work)
+
+
+def _train(
+    model: LanguageModel,
+    data: Mapping[str, Sequence[Example]],
+    out: Path,
+    settings: TrainSettings,
+    weights: Mapping[str, float],
+    resume: bool,
+    kv_folder: Path,
+    kv_bytes: int,
+    report: Report,
+) -> dict[str, Any]:
     started = time.monotonic()
     encoder = Encoder(model)
     lora = _lora(settings) if settings.trainable in ("reader", "lora") else None
     links = LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots)
     pools = [
-        Pool(make_lessons(examples, max_turns=settings.max_turns), (weights or {}).get(name, 1.0))
+        Pool(make_lessons(examples, max_turns=settings.max_turns), weights.get(name, 1.0))
         for name, examples in data.items()
         if examples
     ]
@@ -70,10 +95,8 @@ def train(
         with_teacher=settings.with_teacher,
     )
     steps = Steps(pools, encoder, step_settings, size=settings.steps * settings.batch, seed=settings.seed)
-    folder = Path(kv_folder) if kv_folder is not None else out / "run" / "kv"
     torch.manual_seed(settings.seed)
-    log = []
-    with closing(DiskStore(folder, max_bytes=int(kv_gib * GIB))) as entries:
+    with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
         # under a name of its own: encoded in any company, so never to be served
         kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
         source = KVSource(encoder, kvs, canonical=False)
@@ -84,7 +107,7 @@ def train(
         "chunk_template": encoder.recipe.chunk_template,
         "encoding_prefix": encoder.recipe.encoding_prefix,
         "data": {name: len(examples) for name, examples in data.items()},
-        "weights": dict(weights or {}),
+        "weights": dict(weights),
         "settings": asdict(settings),
         "seconds": round(time.monotonic() - started),
         "log": [{key: entry[key] for key in ("step", "loss")} for entry in log if "loss" in entry],

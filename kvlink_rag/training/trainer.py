@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from kvlink_rag.compute import Cancelled
 from kvlink_rag.errors import BadInput
 from kvlink_rag.training.learner import TRAINABLE, Learner, Step
 from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
@@ -108,7 +109,7 @@ def run(
     last = _last_checkpoint(folder) if resume else None
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Cancelled):
         trainer._save_checkpoint(learner, trial=None)
         raise
     return list(trainer.state.log_history)
