@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from kvlink_rag import KVLinkRAG
 from kvlink_rag.config import DEFAULT_ENCODING_PREFIX
-from kvlink_rag.evaluation.answers import score
+from kvlink_rag.evaluation.scores import score
 
 HERE = Path(__file__).parent
 LINKINGS = ("link_tokens", "plain", "full")
@@ -22,11 +22,15 @@ def main() -> None:
     logging.disable_progress_bar()
     prefix = sys.argv[1] if len(sys.argv) > 1 else DEFAULT_ENCODING_PREFIX
     rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text("utf-8").splitlines()]
-    with tempfile.TemporaryDirectory() as folder, KVLinkRAG.load(store=folder, encoding_prefix=prefix) as rag:
+    links = None if prefix == DEFAULT_ENCODING_PREFIX else "untrained"  # trained ones know the default prefix
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        KVLinkRAG.load(store=folder, links=links, encoding_prefix=prefix) as rag,
+    ):
         rag.add(HERE / "corpus")
         for linking in LINKINGS:
             answers = [rag.ask(row["question"], k=3, linking=linking, max_new_tokens=32).text for row in rows]
-            right = sum(score(text, [row["answer"]])[0] for text, row in zip(answers, rows, strict=True))
+            right = sum(score(text, [row["answer"]]).accuracy for text, row in zip(answers, rows, strict=True))
             print(f"{linking:<12} {right:.0f} of {len(rows)}", flush=True)
 
 

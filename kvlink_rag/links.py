@@ -163,7 +163,7 @@ class LinkTokens:
         slots, per_chunk, _ = self.embeddings.shape
         written = {
             "format": FORMAT,
-            "base_name": model.name,
+            "base_name": model.public_name,
             "base_weights": model.weights,
             "base_origin": model.origin,
             "num_link_tokens": per_chunk,

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvlink_rag import attention, probe
 from kvlink_rag.context import ContextBuffers
 from kvlink_rag.default_models import DEFAULT_MODEL, GGUF_DIGEST, cache_folder, default_model_folder
-from kvlink_rag.errors import BadInput, CheckpointMismatch, MissingExtra, UnsupportedModel
+from kvlink_rag.errors import BadInput, CheckpointMismatch, UnsupportedModel
 from kvlink_rag.kv import KVShape
 from kvlink_rag.prompt import stop_ids
 from kvlink_rag.recipe import config_digest, folder_digest
@@ -118,6 +118,11 @@ class LanguageModel:
             reader=reading,
             origin=model_origin(model),
         )
+
+    @property
+    def public_name(self) -> str:
+        """The name without the place on this machine."""
+        return Path(self.name).name if Path(self.name).is_dir() else self.name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,10 +289,8 @@ def _has_native_bfloat16(device: torch.device) -> bool:
 
 
 def _merge_adapter(hf: Any, adapter: Path) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise MissingExtra("loading an adapter", "adapter") from None
+    from peft import PeftModel
+
     try:
         return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
     except (ValueError, OSError, RuntimeError, KeyError) as error:

@@ -185,6 +185,26 @@ def test_eval_reads_questions_and_names_a_bad_line(kvlink, tmp_path):
     assert code == 1 and f"{path}:2" in err.replace("\n", "")
 
 
+def test_train_writes_a_checkpoint_and_says_how_to_use_it(kvlink, tmp_path):
+    from tiny_models import build_hf, byte_tokenizer
+
+    base, data, out = tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "out"
+    build_hf("llama").save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    row = {"question": "Where?", "answers": ["here"], "documents": [{"text": "It is here.", "is_gold": True}]}
+    data.write_text(json.dumps(row) + "\n", "utf-8")
+    options = ("--model", base, "--steps", 2, "--batch", 1, "--min-docs", 1, "--out", out)
+    code, text, err = kvlink("train", "--data", f"{data}=2", *options)
+    assert code == 0 and "1 examples, 2 steps; loss" in text and f"--links {out}" in text
+    assert "step 2 of 2" in err and (out / "link.safetensors").exists()
+    code, _, err = kvlink("train", "--data", data, *options)
+    assert code == 1 and "--resume" in err
+    code, _, err = kvlink("train", *options)
+    assert code == 1 and "--data" in err and "--store" in err
+    code, _, err = kvlink("train", "--data", f"{data}=much", *options)
+    assert code == 1 and "FILE=WEIGHT" in err
+
+
 def test_bench_ttft_prints_its_json_form(kvlink):
     code, out, _ = kvlink("bench", "ttft", "--contexts", "400", "--repeats", 1, "--json")
     (row,) = json.loads(out)

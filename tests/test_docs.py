@@ -17,6 +17,7 @@ NOT_RUN_HERE = (
     "kvlink bench",
     "kvlink chat",
     "kvlink eval",
+    "kvlink train",
 )  # minutes long or interactive; tests/test_cli.py runs them
 
 

@@ -124,6 +124,12 @@ def test_a_reader_answers_over_a_store_that_was_filled_without_it(base, tmp_path
         assert trained.links.num_per_chunk == 2
 
 
+def test_a_checkpoint_names_no_place_on_this_machine(base, tmp_path):
+    run(base, tmp_path / "ckpt", trainable="reader", steps=1)
+    for name in ("kvlink.json", "reader/adapter_config.json"):
+        assert str(base.parent) not in (tmp_path / "ckpt" / name).read_text("utf-8")
+
+
 def test_an_adapter_for_documents_is_another_model(base, tmp_path):
     """Its KV is kept apart from the base's."""
     run(base, tmp_path / "ckpt", trainable="lora", steps=2)

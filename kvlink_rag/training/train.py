@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kvlink_rag.compute import Job, compute
 from kvlink_rag.config import GIB
 from kvlink_rag.encoding import Encoder
-from kvlink_rag.errors import BadInput, MissingExtra
+from kvlink_rag.errors import BadInput
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel, weights_digest
@@ -46,7 +47,7 @@ def train(
     data: examples by name; weights: how often each is drawn, 1 where not given. What resuming needs is kept in
     `out`/run. kv_folder keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too.
     The model is changed and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says.
-    Raises BadInput, MissingExtra.
+    Raises BadInput.
     """
     settings, out = settings or TrainSettings(), Path(out)
     weights = weights or {}
@@ -126,6 +127,10 @@ def export(learner: Learner, out: Path, about: Mapping[str, Any]) -> dict[str, A
         folder = out / ("reader" if learner.trainable == "reader" else "adapter")
         learner.peft.save_pretrained(str(folder), safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # a model card full of blanks
+        adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        adapter["base_model_name_or_path"] = learner.model.public_name
+        adapter["target_modules"].sort()
+        (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n", "utf-8")
         weights = folder / "adapter_model.safetensors"
         halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
         save_file(halved, weights, metadata={"format": "pt"})
@@ -133,10 +138,8 @@ def export(learner: Learner, out: Path, about: Mapping[str, Any]) -> dict[str, A
 
 
 def _lora(settings: TrainSettings) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise MissingExtra("training an adapter", "adapter") from None
+    from peft import LoraConfig
+
     return LoraConfig(
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
