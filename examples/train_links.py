@@ -1,4 +1,4 @@
-"""Train link tokens on your own documents, without a label: python examples/train_links.py [QUESTIONS] [STEPS]
+"""Train link tokens on your own documents, without a label: python examples/train_links.py [QUESTIONS STEPS HELD_OUT]
 
 The model asks itself questions about the sample corpus, answers them by full prefill, and the links learn to say the
 same from stored KV. How close they come is measured on other questions, written by people, before and after.
@@ -20,10 +20,9 @@ from kvlink_rag.training.train import train
 from kvlink_rag.training.trainer import TrainSettings
 
 HERE = Path(__file__).parent
-NUM_HELD_OUT = 20
 
 
-def main(num_questions: int = 45, steps: int = 60) -> None:
+def main(num_questions: int = 45, steps: int = 60, num_held_out: int = 20) -> None:
     logging.disable_progress_bar()
     started = time.monotonic()
     rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text("utf-8").splitlines()]
@@ -33,7 +32,7 @@ def main(num_questions: int = 45, steps: int = 60) -> None:
             rag.add(HERE / "corpus")
             held_out = [
                 (row["question"], [Document(hit.chunk.text) for hit in rag.search(row["question"])])
-                for row in rows[:NUM_HELD_OUT]
+                for row in rows[:num_held_out]
             ]
             before = agreement(rag, held_out, "link_tokens")
             examples = study(rag, num_questions)

@@ -222,7 +222,7 @@ def main() -> None:
     """Run the command; every expected failure is one clear line and exit code 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        app()
+        app(prog_name="kvlink")
     except KVLinkError as error:
         notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
