@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -292,7 +293,9 @@ def _merge_adapter(hf: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
+        with warnings.catch_warnings():  # peft asks transformers for a property that is being renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointMismatch(f"{adapter} is no adapter for this model: {error}") from error
 
