@@ -1,10 +1,10 @@
-"""How many of the sample corpus's 60 questions each linking answers: python examples/sample_questions.py [PREFIX]
+"""How many of the sample corpus's 60 questions each linking answers: python examples/sample_questions.py [PREFIX] [--limit N]
 
 PREFIX replaces the encoding prefix; '' is none. An answer counts if the gold answer stands in it.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,8 +20,12 @@ LINKINGS = ("link_tokens", "plain", "full")
 
 def main() -> None:
     logging.disable_progress_bar()
-    prefix = sys.argv[1] if len(sys.argv) > 1 else DEFAULT_ENCODING_PREFIX
-    rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text("utf-8").splitlines()]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("prefix", nargs="?", default=DEFAULT_ENCODING_PREFIX)
+    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    options = parser.parse_args()
+    prefix = options.prefix
+    rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text("utf-8").splitlines()][: options.limit]
     links = None if prefix == DEFAULT_ENCODING_PREFIX else "untrained"  # trained ones know the default prefix
     with (
         tempfile.TemporaryDirectory() as folder,

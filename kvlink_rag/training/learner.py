@@ -49,14 +49,10 @@ class Learner(nn.Module):
         *,
         trainable: str,
         lora: Any = None,
-        checkpointing: bool = False,
     ):
         super().__init__()
         self.model, self.source, self.trainable = model, source, trainable
         self.num_slots, self.num_links = links.embeddings.shape[:2]
-        self.checkpointing = checkpointing
-        if checkpointing:
-            model.hf.gradient_checkpointing_enable()
         self.num_tokens = 0  # run through the model so far, stored ones not counted
         self.links = nn.Parameter(links.embeddings.detach().float().flatten(0, 1).clone(), bool(self.num_links))
         self.hf = model.hf
@@ -71,7 +67,7 @@ class Learner(nn.Module):
     def train(self, mode: bool = True) -> Learner:
         """The model itself stays as it answers: nothing is dropped at random."""
         super().train(mode)
-        self.hf.train(mode and self.checkpointing)
+        self.hf.eval()
         return self
 
     def link_tokens(self, name: str) -> LinkTokens:
@@ -100,7 +96,7 @@ class Learner(nn.Module):
 
     def logits(self, step: Step, layout: Layout, places: Tensor) -> Tensor:
         """Logits [places, vocabulary] at `places` of the layout."""
-        if self.reads_stored_kv or layout.causal:
+        if self.reads_stored_kv:
             return self._over_stored(step, layout, places)
         return self._all_at_once(layout, places)
 

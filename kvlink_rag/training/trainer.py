@@ -44,7 +44,6 @@ class TrainSettings:
     warmup: float = 0.05
     lora_rank: int = 16
     save_minutes: float = 5.0
-    gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
