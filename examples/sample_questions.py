@@ -1,4 +1,4 @@
-"""How many of the sample corpus's 60 questions each linking answers: python examples/sample_questions.py [PREFIX] [--limit N]
+"""How many of the sample corpus's 60 questions each linking answers: sample_questions.py [PREFIX] [--limit N]
 
 PREFIX replaces the encoding prefix; '' is none. An answer counts if the gold answer stands in it.
 """
