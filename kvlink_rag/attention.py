@@ -11,7 +11,7 @@ import threading
 import weakref
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, cat, split
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,8 +23,8 @@ GROUPED_SDPA = "kvlink_grouped_sdpa"
 def grouped_sdpa(
     module: Any,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -35,7 +35,13 @@ def grouped_sdpa(
 
     query [batch, heads, queries, head_dim]; key, value [batch, kv_heads, keys, head_dim];
     attention_mask float [batch, 1, queries, keys] or None; returns [batch, queries, heads, head_dim].
+    Tuples of keys and values, one of each per row, let the rows of a batch see different contexts: each row's newest
+    token then sees all of its own.
     """
+    if isinstance(key, tuple):
+        rows = zip(split(query, 1), key, value, strict=True)
+        outputs = [grouped_sdpa(module, q, k, v, None, dropout, scaling, False, **kwargs)[0] for q, k, v in rows]
+        return cat(outputs), None
     batch, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // key.shape[1]
     causal_without_mask = attention_mask is None and num_queries > 1

@@ -30,6 +30,7 @@ from kvlink_rag.cli_options import (
     loaded,
     must_be_store,
 )
+from kvlink_rag.cli_serve import serve
 from kvlink_rag.cli_train import train
 from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE
 from kvlink_rag.console import notes, progress_bar, read_line, say, say_plan, say_sources, show
@@ -44,6 +45,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
 app.command("eval")(evaluate)
 app.command("train")(train)
+app.command("serve")(serve)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from kvlink_rag.answering import Request
-from kvlink_rag.compute import Job, compute
+from kvlink_rag.answering import Prepared, Request
+from kvlink_rag.batching import Batch
+from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
     DEFAULT_ENCODING_PREFIX,
     DEFAULT_K,
@@ -67,6 +69,7 @@ class KVLinkRAG(KVLinkEngine):
         )
         self.embedder = embedder
         self._chunking = chunking or ChunkSettings()
+        self._encoding = {"chunk_template": chunk_template, "encoding_prefix": encoding_prefix}
 
     @classmethod
     def load(  # type: ignore[override]  # its own settings in place of `more`
@@ -164,6 +167,37 @@ class KVLinkRAG(KVLinkEngine):
         message the default one is used. Everything else as in `KVLinkEngine.stream`.
         """
         return super().stream(question, **options)  # type: ignore[misc]
+
+    def begin(
+        self,
+        batch: Batch,
+        question: str | Sequence[Message],
+        emit: Emit[Piece],
+        on_end: Callable[[BaseException | None], None],
+        on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+        *,
+        started: float | None = None,
+        **options: Unpack[RAGOptions],
+    ) -> None:
+        """Let an answer join a batch; on the compute thread. See `Batch.begin`, and `stream` for the options.
+
+        started: time.perf_counter() when the question came, if that is not now.
+        """
+        request = self._request(question, options, time.perf_counter() if started is None else started)
+        batch.begin(self._maker, request, emit, on_end, on_prepared)
+
+    def beside(self, store: str | Path) -> KVLinkRAG:
+        """Another store for the same models, read and answered in the same way."""
+        return KVLinkRAG(
+            self.model,
+            self.embedder,
+            store,
+            linking=self.linking,
+            links=self.links,
+            limits=self.limits,
+            chunking=self._chunking,
+            **self._encoding,
+        )
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -17,8 +17,9 @@ NOT_RUN_HERE = (
     "kvlink bench",
     "kvlink chat",
     "kvlink eval",
+    "kvlink serve",
     "kvlink train",
-)  # minutes long or interactive; tests/test_cli.py runs them
+)  # minutes long or interactive; tests of their own run them
 
 
 def blocks(page, language):
