@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
-.PHONY: install demo test fix check bench docs
+.PHONY: install demo test fix check bench docs fuzz load
 
 install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
 
@@ -35,6 +35,12 @@ check: install
 
 bench: install
 	$(BIN)/kvlink bench ttft
+
+fuzz: install  ## more than 5,000 requests by schemathesis against the live server, minutes long
+	KVLINK_FUZZ_EXAMPLES=300 $(BIN)/pytest tests/test_server_schema.py
+
+load: install  ## three times as many clients as places for two minutes
+	$(BIN)/python tests/load_server.py
 
 docs: install  ## the docs' code blocks and the README's run in the tests
 	$(BIN)/pytest tests/test_docs.py

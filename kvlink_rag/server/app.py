@@ -18,6 +18,7 @@ from kvlink_rag.server.keys import DEFAULT_NAMESPACE, Keys
 from kvlink_rag.server.metrics import Metrics
 from kvlink_rag.server.outcome import Outcome
 from kvlink_rag.server.scheduler import Scheduler
+from kvlink_rag.server.schemas import NewDocuments
 from kvlink_rag.server.services import Services
 from kvlink_rag.server.settings import ServerSettings
 from kvlink_rag.server.stores import Stores
@@ -78,15 +79,18 @@ def make_app(rag: KVLinkRAG, *, keys: Keys | None = None, settings: ServerSettin
     app.add_middleware(BoundedBody, settings=settings)
     app.add_middleware(Guard, keys=keys)
     app.add_middleware(Outcome, metrics=metrics)
-    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _described(app, rag.model.public_name)  # type: ignore[method-assign]
     return app
 
 
-def _described(app: FastAPI) -> dict[str, Any]:
+def _described(app: FastAPI, model: str) -> dict[str, Any]:
     """openapi.json with our failures in place of FastAPI's."""
     if app.openapi_schema is None:
         schema = FastAPI.openapi(app)
-        schema["components"]["schemas"] |= {"Error": _ERROR}
+        parts = schema["components"]["schemas"]
+        new = NewDocuments.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts |= {"Error": _ERROR, **new.pop("$defs"), "NewDocuments": new}
+        parts["ChatRequest"]["properties"]["model"] = {"type": "string", "enum": [model]}
         content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
         for operations in schema["paths"].values():
             for operation in operations.values():

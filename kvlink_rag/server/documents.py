@@ -27,7 +27,7 @@ _UPLOAD = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": NewDocuments.model_json_schema()},
+            "application/json": {"schema": {"$ref": "#/components/schemas/NewDocuments"}},
             "multipart/form-data": {
                 "schema": {
                     "type": "object",

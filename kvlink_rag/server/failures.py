@@ -73,7 +73,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # FastAPI names the methods of one route of the path
+            route = str(getattr(request.scope.get("route"), "path", "")).replace(":path}", "}")
+            operations = app.openapi()["paths"].get(route, {})
+            headers["Allow"] = ", ".join(sorted(method.upper() for method in operations)) or headers.get("allow", "GET")
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, headers)
 
     @app.exception_handler(KVLinkError)
     async def ours(request: Request, error: KVLinkError) -> JSONResponse:

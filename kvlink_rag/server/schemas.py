@@ -104,7 +104,7 @@ class ChatRequest(Closed):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     stop: Name | Annotated[list[Name], Field(max_length=bounds.MAX_STOP)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
     # taken, without any effect on the answer
     user: Name | None = None
     safety_identifier: Name | None = None
