@@ -96,7 +96,7 @@ def ask(
     adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    linking: Linking = "link_tokens",
+    linking: Linking = "auto",
     k: K = DEFAULT_K,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
@@ -144,7 +144,7 @@ def chat(
     adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    linking: Linking = "link_tokens",
+    linking: Linking = "auto",
     k: K = DEFAULT_K,
     as_json: Json = False,
 ) -> None:

@@ -14,6 +14,7 @@ DEFAULT_ENCODING_PREFIX = (
     "You answer the question from the documents. Answer briefly, with the words of the documents.\n\n"
 )
 UNTRAINED = "untrained"  # in place of a link checkpoint: none, not even the one that is shipped
+AUTO = "auto"  # in place of a linking: link_tokens where trained ones are at hand, else one that needs no training
 DEFAULT_K = 3  # chunks to retrieve; a small model loses its way in more
 GIB = 2**30
 

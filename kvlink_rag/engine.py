@@ -18,8 +18,10 @@ from kvlink_rag.answering import AnswerMaker, Request
 from kvlink_rag.chunking import as_hit, chunk_text
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
+    AUTO,
     DEFAULT_ENCODING_PREFIX,
     DEFAULT_STORE,
+    UNTRAINED,
     ChunkSettings,
     GenerationSettings,
     StoreSettings,
@@ -30,7 +32,7 @@ from kvlink_rag.errors import BadInput
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import Ingestion, Progress
 from kvlink_rag.kv_source import KVSource
-from kvlink_rag.linking import get_linking
+from kvlink_rag.linking import resolve_linking
 from kvlink_rag.links import Checkpoint, LinkTokens
 from kvlink_rag.matching import ChunkMatcher, say_unmatched
 from kvlink_rag.model import LanguageModel
@@ -71,18 +73,18 @@ class KVLinkEngine:
         model: LanguageModel,
         store: str | Path = DEFAULT_STORE,
         *,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: LinkTokens | None = None,
         limits: StoreSettings | None = None,
         chunk_template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
     ):
-        get_linking(linking)
-        self.model, self.linking = model, linking
+        self.model = model
         self.limits = limits or StoreSettings()
         self.links = links or LinkTokens.untrained(model)
         self.encoder = Encoder(model, template=chunk_template, encoding_prefix=encoding_prefix)
         self.links.check_recipe(self.encoder.recipe)
+        self.linking = self._resolved(linking)
         self.folder = open_folder(store)
         self.entries = DiskStore(self.folder / "kv", max_bytes=self.limits.max_bytes)
         self.kvs = KVStore(self.entries, self.encoder.fingerprint, model.kv_shape)
@@ -97,7 +99,7 @@ class KVLinkEngine:
         model: str | Path = DEFAULT_MODEL,
         store: str | Path = DEFAULT_STORE,
         *,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: str | Path | None = None,
         adapter: str | Path | None = None,
         dtype: str = "auto",
@@ -112,8 +114,8 @@ class KVLinkEngine:
         one that comes with this package, if it has one for the model; "untrained": none. adapter: PEFT folder.
         Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
-        get_linking(linking)
-        open_folder(store)  # a wrong folder is said before seconds of loading
+        resolve_linking(linking, has_links=False)  # a wrong name or folder is said before seconds of loading
+        open_folder(store)
 
         def build(job: Job) -> Any:
             checkpoint = Checkpoint.find(model, links, adapter)
@@ -304,8 +306,7 @@ class KVLinkEngine:
             stop=tuple(options.get("stop") or ()),
             seed=options.get("seed"),
         )
-        linking = options.get("linking") or self.linking
-        get_linking(linking)
+        linking = self._resolved(options.get("linking") or self.linking)
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         given = [as_hit(item) for item in options.get("documents") or ()]
         in_place: list[Hit] = []
@@ -319,6 +320,9 @@ class KVLinkEngine:
         )
         words = _words(messages[-1].get("content"))
         return Request(words, prompt, in_place, given, find, linking, options.get("reuse", True), settings, started)
+
+    def _resolved(self, linking: str) -> str:
+        return resolve_linking(linking, has_links=self.links.name != UNTRAINED)
 
     def _pieces(self, message: Message, found: list[Hit], match: bool) -> Any:
         """A message's content with Documents and known chunks as token ids; appends their hits to `found`."""
