@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvlink_rag.kv import KV, KVShape
+from kvlink_rag.kv import KVShape, StoredKV
 from kvlink_rag.rope import Rope
 
 
@@ -103,7 +103,7 @@ class Context:
         self.num_placed = 0
         self.pending: Pending | None = None
 
-    def place(self, kv: KV, start: int) -> None:
+    def place(self, kv: StoredKV, start: int) -> None:
         """Rotate `kv` to positions start, start + 1, ... straight into the buffer."""
         stop = start + kv.num_tokens
         self._table[start:stop].apply(kv.keys.to(self._keys.device), out=self._keys[:, :, start:stop])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvlink_rag.context import Context
-from kvlink_rag.kv import KV
+from kvlink_rag.kv import StoredKV
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Prompt
@@ -24,8 +24,8 @@ class LinkRequest:
 
     model: LanguageModel
     prompt: Prompt
-    prefix_kv: KV | None
-    kvs: Iterable[KV]
+    prefix_kv: StoredKV | None
+    kvs: Iterable[StoredKV]
     links: LinkTokens
     room: int
 
