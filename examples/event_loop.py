@@ -5,9 +5,9 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 
-from llama_index.core import Settings, VectorStoreIndex
+from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import TextNode
-from llama_index.llms.kvlink import KVLinkEmbedding, KVLinkIngestion, KVLinkLLM
+from llama_index.llms.kvlink import KVLinkEmbedding, KVLinkIngestion, KVLinkLLM, KVLinkSynthesizer
 
 from kvlink_rag import KVLinkEngine
 from langchain_kvlink import ChatKVLink
@@ -37,9 +37,9 @@ def main() -> None:
     questions = [f"When was the lighthouse number {n} lit?" for n in texts]
     with tempfile.TemporaryDirectory() as folder, KVLinkEngine.load(store=folder) as engine:
         chat, llm = ChatKVLink(engine=engine, max_tokens=8), KVLinkLLM(engine=engine, max_new_tokens=8)
-        Settings.tokenizer = llm.tokenizer
         nodes = KVLinkIngestion(llm)([TextNode(id_=n, text=text) for n, text in texts.items()])
-        query_engine = VectorStoreIndex(nodes, embed_model=KVLinkEmbedding()).as_query_engine(llm)
+        index = VectorStoreIndex(nodes, embed_model=KVLinkEmbedding())
+        query_engine = index.as_query_engine(llm, response_synthesizer=KVLinkSynthesizer(llm))
 
         async def langchain(question: str) -> str:
             return (await chat.ainvoke(f"{'  '.join(texts.values())}\n\n{question}")).text

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import PrivateAttr
+
+# Embedding takes turns: many threads at once are no faster on the same cores, and each holds up the event loop.
+_WORKER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvlink-embedding")
 
 
 class KVLinkEmbedding(BaseEmbedding):
@@ -36,10 +40,10 @@ class KVLinkEmbedding(BaseEmbedding):
         return self._get_text_embeddings([query])[0]
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        return await asyncio.to_thread(self._get_query_embedding, query)
+        return await asyncio.get_running_loop().run_in_executor(_WORKER, self._get_query_embedding, query)
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
-        return await asyncio.to_thread(self._get_text_embedding, text)
+        return await asyncio.get_running_loop().run_in_executor(_WORKER, self._get_text_embedding, text)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return await asyncio.to_thread(self._get_text_embeddings, texts)
+        return await asyncio.get_running_loop().run_in_executor(_WORKER, self._get_text_embeddings, texts)
