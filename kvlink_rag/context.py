@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvlink_rag.attention import Tempering
-from kvlink_rag.kv import KV, KVShape
+from kvlink_rag.kv import KVShape, StoredKV
 from kvlink_rag.rope import Rope
 
 
@@ -122,7 +122,7 @@ class Context:
         self.pending: Pending | None = None
         self.tempering: Tempering | None = None
 
-    def place(self, kv: KV, start: int, *, position: int | None = None) -> None:
+    def place(self, kv: StoredKV, start: int, *, position: int | None = None) -> None:
         """Rotate `kv` straight into the buffer, to start, start + 1, ...
 
         position: turned as if it stood from there on, in a linking in which chunks share positions.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvlink_rag.attention import Tempering
 from kvlink_rag.context import Context
-from kvlink_rag.kv import KV
+from kvlink_rag.kv import StoredKV
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Prompt
@@ -26,8 +26,8 @@ class LinkRequest:
 
     model: LanguageModel
     prompt: Prompt
-    prefix_kv: KV | None
-    kvs: Iterable[KV]
+    prefix_kv: StoredKV | None
+    kvs: Iterable[StoredKV]
     links: LinkTokens
     room: int
 

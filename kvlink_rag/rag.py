@@ -10,6 +10,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from kvlink_rag.answering import Request
+from kvlink_rag.asking import AskOptions
 from kvlink_rag.compute import Job, compute
 from kvlink_rag.config import (
     AUTO,
@@ -17,13 +18,14 @@ from kvlink_rag.config import (
     DEFAULT_K,
     DEFAULT_STORE,
     DEFAULT_SYSTEM,
+    PUBLIC,
     ChunkSettings,
     StoreSettings,
 )
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.encoding import CHUNK_TEMPLATE
-from kvlink_rag.engine import AskOptions, KVLinkEngine, checked
+from kvlink_rag.engine import KVLinkEngine, checked
 from kvlink_rag.errors import BadInput, NotAStore
 from kvlink_rag.ingestion import AddPlan, Ingestion, Progress
 from kvlink_rag.links import LinkTokens
@@ -56,6 +58,8 @@ class KVLinkRAG(KVLinkEngine):
         limits: StoreSettings | None = None,
         chunk_template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+        precision: str = "model",
+        namespace: str = PUBLIC,
     ):
         super().__init__(
             model,
@@ -65,6 +69,8 @@ class KVLinkRAG(KVLinkEngine):
             limits=limits,
             chunk_template=chunk_template,
             encoding_prefix=encoding_prefix,
+            precision=precision,
+            namespace=namespace,
         )
         self.embedder = embedder
         self._chunking = chunking or ChunkSettings()
@@ -84,11 +90,14 @@ class KVLinkRAG(KVLinkEngine):
         chunking: ChunkSettings | None = None,
         limits: StoreSettings | None = None,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+        precision: str = "model",
+        namespace: str = PUBLIC,
     ) -> KVLinkRAG:
         """Load models and open the store.
 
         model, embedder: folder, hub id or the default's name. links: folder of a link checkpoint for this very model.
-        adapter: PEFT folder. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
+        adapter: PEFT folder. precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`).
+        namespace: see `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
         return super().load(
             model,
@@ -100,6 +109,8 @@ class KVLinkRAG(KVLinkEngine):
             device=device,
             limits=limits,
             encoding_prefix=encoding_prefix,
+            precision=precision,
+            namespace=namespace,
             embedder=Embedder(embedder),
             chunking=chunking,
         )
