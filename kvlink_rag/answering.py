@@ -90,14 +90,17 @@ class AnswerMaker:
 
     def answer(self, request: Request, emit: Emit[Piece]) -> None:
         """Emit the answer piece by piece, the whole of it last. Raises PromptTooLong."""
-        prepared = self.prepare(request)
+        self.complete(self.prepare(request), emit)
+
+    def complete(self, prepared: Prepared, emit: Emit[Piece]) -> None:
+        """Emit the answer over a context that is laid out."""
         pieces: list[str] = []
 
         def keep(text: str) -> None:
             pieces.append(text)
             emit(Piece(text))
 
-        record = generate(self.model, prepared.context, request.settings, keep)
+        record = generate(self.model, prepared.context, prepared.request.settings, keep)
         prepared.context.release()
         emit(Piece("", prepared.answer("".join(pieces), record, self.model.name)))
 
@@ -105,8 +108,8 @@ class AnswerMaker:
         """Find and load the chunks and link them to a context. Raises PromptTooLong."""
         given = request.given if request.find is None else request.find(request.question)
         retrieved = time.perf_counter()
-        module = get_linking(request.linking)
-        num_links = self._links.num_per_chunk if module.USES_STORED_KV else 0
+        linking = get_linking(request.linking)
+        num_links = self._links.num_per_chunk if linking.uses_links else 0
         given_ids = [self._source.token_ids(hit.chunk.text) for hit in given]
         num_kept = self._num_fitting(request, given_ids, num_links)
         prompt = request.prompt.with_chunks(given_ids[:num_kept])
@@ -114,16 +117,17 @@ class AnswerMaker:
         hits = [*request.in_place[:before], *given[:num_kept], *request.in_place[before:]]
 
         loading, prefix_kv, has_prefix = None, None, False
-        if module.USES_STORED_KV:
+        if linking.uses_stored_kv:
             loading = self._source.load(prompt.chunk_ids, reuse=request.reuse)
             prefix_kv, has_prefix = self._source.prefix(prompt.prefix_ids)
-        context = module.link(
+        context = linking.link(
             LinkRequest(self.model, prompt, prefix_kv, loading or (), self._links, request.settings.max_new_tokens)
         )
         linked = time.perf_counter()
         read_s = loading.read_s if loading else {}
         is_reused = [loading is not None and loading.is_reused(ids) for ids in prompt.chunk_ids]
         num_reused = sum(len(ids) for ids, reused in zip(prompt.chunk_ids, is_reused, strict=True) if reused)
+        num_reused += len(prompt.prefix_ids) if has_prefix else 0
         sources = tuple(
             Source(hit, len(ids), reused, read_s.get(ids, 0.0) if reused else 0.0)
             for hit, ids, reused in zip(hits, prompt.chunk_ids, is_reused, strict=True)
@@ -133,7 +137,7 @@ class AnswerMaker:
             context,
             sources,
             tuple(given[num_kept:]),
-            num_reused + (len(prompt.prefix_ids) if has_prefix else 0),
+            max(0, num_reused - context.num_taken_back),
             retrieved - request.started,
             loading.seconds if loading else 0.0,
             linked,

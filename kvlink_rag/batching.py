@@ -36,11 +36,17 @@ class _Row:
         assert pending is not None
         self.by_reader = pending.by_reader
         self.last_id = pending.last_id
+        self._last_position = int(pending.rope_positions[-1])
         self._sampler = Sampler(model, prepared.request.settings, pending.last_id)
 
     def _keep(self, text: str) -> None:
         self._pieces.append(text)
         self._emit(Piece(text))
+
+    @property
+    def position(self) -> int:
+        """Where the newest token is turned to."""
+        return self._last_position + len(self._text.record.token_ids)
 
     @property
     def place(self) -> int:
@@ -64,7 +70,7 @@ _Pair = tuple[_Row, Callable[[BaseException | None], None]]
 class Batch:
     """Up to NUM_ROWS answers of one model. To be used on the compute thread alone.
 
-    A model whose attention is not ours is answered one question at a time, by `begin`.
+    A model whose attention is not ours, or a linking that wants another, is answered as a whole in `begin`.
     """
 
     def __init__(self, model: LanguageModel, width: int | None = None):
@@ -94,12 +100,12 @@ class Batch:
         What `emit` raises ends that answer alone; on_end gets it, or None after a whole answer.
         """
         try:
-            if not self.model.can_batch:
-                maker.answer(request, emit)
-                on_end(None)
-                return
             prepared = maker.prepare(request)
             on_prepared(prepared)
+            if not self.model.can_batch or prepared.context.tempering:
+                maker.complete(prepared, emit)
+                on_end(None)
+                return
             row = _Row(self.model, prepared, emit)
             goes_on = row.take(predict(self.model, prepared.context, 1)[-1])
         except BaseException as error:  # handed to whoever waits for this answer
@@ -148,7 +154,7 @@ class Batch:
         model = self.model
         empty = [0] * (self.width - len(rows))
         ids = torch.tensor([row.last_id for row in rows] + empty, device=model.device)[:, None]
-        positions = torch.tensor([row.place for row in rows] + empty, device=model.device)[:, None]
+        positions = torch.tensor([row.position for row in rows] + empty, device=model.device)[:, None]
         buffers = [row.prepared.context.layers() for row in rows]
         layers = [
             RowsLayer([(*own[layer], row.place) for own, row in zip(buffers, rows, strict=True)], model.window(layer))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,21 +24,22 @@ from kvlink_rag.cli_options import (
     Links,
     MaxGib,
     Model,
+    Namespace,
+    Precision,
     Store,
     loaded,
-    must_be_store,
 )
 from kvlink_rag.cli_serve import serve
+from kvlink_rag.cli_store import store_app
 from kvlink_rag.cli_train import train
-from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE
-from kvlink_rag.console import notes, progress_bar, read_line, say, say_plan, say_sources, show
+from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, PUBLIC
+from kvlink_rag.console import notes, progress_bar, read_line, say_plan, say_sources, show
 from kvlink_rag.errors import BadInput, KVLinkError
 
 app = typer.Typer(
     help="Read every document once; answer from its stored KV.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-store_app = typer.Typer(help="Look after a store.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
 app.command("eval")(evaluate)
@@ -58,6 +57,8 @@ def add(
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_gib: MaxGib = 20.0,
+    precision: Precision = "model",
+    namespace: Namespace = PUBLIC,
     encode: Annotated[str, typer.Option("--encode", help="now or on-first-use.")] = "now",
     as_json: Json = False,
 ) -> None:
@@ -65,7 +66,17 @@ def add(
     for path in paths:
         if not path.exists():
             raise BadInput(f"{path}: no such file or folder")
-    with loaded(store, model, embedder, adapter=adapter, dtype=dtype, device=device, max_gib=max_gib) as rag:
+    with loaded(
+        store,
+        model,
+        embedder,
+        adapter=adapter,
+        dtype=dtype,
+        device=device,
+        max_gib=max_gib,
+        precision=precision,
+        namespace=namespace,
+    ) as rag:
         with progress_bar() as progress:
             try:
                 report = rag.add(paths, encode=encode, on_plan=say_plan, progress=progress)
@@ -98,7 +109,9 @@ def ask(
     adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    linking: Linking = "link_tokens",
+    linking: Linking = "auto",
+    precision: Precision = "model",
+    namespace: Namespace = PUBLIC,
     k: K = DEFAULT_K,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
@@ -120,6 +133,8 @@ def ask(
         dtype=dtype,
         device=device,
         linking=linking,
+        precision=precision,
+        namespace=namespace,
     ) as rag:
         pieces = rag.stream(
             question,
@@ -146,7 +161,9 @@ def chat(
     adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    linking: Linking = "link_tokens",
+    linking: Linking = "auto",
+    precision: Precision = "model",
+    namespace: Namespace = PUBLIC,
     k: K = DEFAULT_K,
     as_json: Json = False,
 ) -> None:
@@ -161,6 +178,8 @@ def chat(
         dtype=dtype,
         device=device,
         linking=linking,
+        precision=precision,
+        namespace=namespace,
     ) as rag:
         messages: list[dict[str, str]] = []
         while (words := read_line()) is not None:
@@ -171,53 +190,6 @@ def chat(
                 print(json.dumps(answer.to_json()), flush=True)
             else:
                 say_sources(answer)
-
-
-@store_app.command()
-def stats(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
-    """Documents, chunks, entries and bytes of a store."""
-    with _maintained(store) as (index, entries):
-        say(_maintenance().stats(index, entries), as_json)
-
-
-@store_app.command("list")
-def list_documents(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
-    """Ids of all documents."""
-    with _maintained(store) as (index, _):
-        ids = index.document_ids()
-        print(json.dumps(ids) if as_json else "\n".join(ids))
-
-
-@store_app.command()
-def delete(
-    documents: Annotated[list[str], typer.Argument(help="Ids of documents, as `kvlink store list` prints them.")],
-    store: Store = Path(DEFAULT_STORE),
-    as_json: Json = False,
-) -> None:
-    """Remove documents with their chunks and stored KV."""
-    with _maintained(store) as (index, entries):
-        known = [name if index.document_digest(name) is not None else str(Path(name).resolve()) for name in documents]
-        removed = _maintenance().delete_documents(index, entries, known)
-        say({"deleted": removed}, as_json)
-        if removed < len(documents):
-            raise BadInput(f"{len(documents) - removed} of {len(documents)} documents are not in {store}")
-
-
-@store_app.command()
-def prune(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
-    """Delete stored KV that no document refers to, and files that a killed writer left."""
-    with _maintained(store) as (index, entries):
-        say({"pruned": _maintenance().prune(index, entries)}, as_json)
-
-
-@store_app.command()
-def verify(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
-    """Check every stored KV; damaged ones are dropped and encoded again when needed."""
-    with _maintained(store) as (_, entries):
-        sound, dropped = entries.verify()
-        say({"sound": sound, "dropped": len(dropped)}, as_json)
-        if dropped:
-            raise KVLinkError(f"{len(dropped)} damaged entries dropped; the next question or `add` encodes them again")
 
 
 def main() -> None:
@@ -233,30 +205,6 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
-
-
-def _maintenance() -> Any:
-    from kvlink_rag import maintenance
-
-    return maintenance
-
-
-@contextmanager
-def _maintained(store: Path) -> Iterator[Any]:
-    """Index and entries of a store, without any model."""
-    must_be_store(store)
-    from kvlink_rag.config import StoreSettings
-    from kvlink_rag.index import VectorIndex
-    from kvlink_rag.store.disk import DiskStore
-    from kvlink_rag.store.folder import open_folder
-
-    folder = open_folder(store)
-    index, entries = VectorIndex(folder), DiskStore(folder / "kv", max_bytes=StoreSettings.max_bytes)
-    try:
-        yield index, entries
-    finally:
-        index.close()
-        entries.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,13 @@ Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEF
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Linking = Annotated[str, typer.Option("--linking", help="link_tokens, plain or full.")]
-MaxGib = Annotated[float, typer.Option("--max-gib", help="Budget of the store in GiB.")]
+Linking = Annotated[
+    str, typer.Option("--linking", help="auto, link_tokens, full, plain, recompute_first, ...: docs/linkings.md.")
+]
+MaxGib = Annotated[float, typer.Option("--max-gib", help="Budget of the store in GiB; old KV makes room for new.")]
+Precision = Annotated[str, typer.Option("--precision", help="How KV is stored: model, int8 or int4; int4/32: groups.")]
+Namespace = Annotated[str, typer.Option("--namespace", help="Whose documents; nobody else finds them.")]
+INTEGRITY_KEY = "KVLINK_INTEGRITY_KEY"  # environment variable: 64 hex digits that seal the store's entries
 K = Annotated[int, typer.Option("-k", help="Chunks to retrieve.", min=1)]
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
@@ -64,17 +70,29 @@ def loaded(
         must_be_store(store)
     from kvlink_rag.store.folder import open_folder
 
-    open_folder(store)
+    open_folder(store, integrity_key())
     from kvlink_rag.config import StoreSettings
     from kvlink_rag.rag import KVLinkRAG
 
     quiet_libraries()
     with notes.status("loading the models"):
-        limits = StoreSettings(max_bytes=max(1, int(max_gib * GIB)))
+        limits = StoreSettings(max_bytes=max(1, int(max_gib * GIB)), integrity_key=integrity_key())
         rag = KVLinkRAG.load(model, store, embedder=embedder, limits=limits, **options)
         rag.warm_up()
     with rag:
         yield rag
+
+
+def integrity_key() -> bytes | None:
+    """The key that the environment gives, or None."""
+    text = os.environ.get(INTEGRITY_KEY, "")
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if text and len(key) != 32:
+        raise BadInput(f"{INTEGRITY_KEY} must hold 64 hex digits (try: openssl rand -hex 32)")
+    return key or None
 
 
 def must_be_store(store: Path) -> None:

@@ -20,6 +20,7 @@ from kvlink_rag.cli_options import (
     Links,
     MaxGib,
     Model,
+    Precision,
     Store,
     loaded,
 )
@@ -43,7 +44,8 @@ def serve(
     adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    linking: Linking = "link_tokens",
+    linking: Linking = "auto",
+    precision: Precision = "model",
     max_gib: MaxGib = 20.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer a request may ask for.", min=1)] = 1024,
     max_waiting: Annotated[int, typer.Option(help="Answers that may wait for their turn.", min=0)] = 16,
@@ -73,6 +75,7 @@ def serve(
         dtype=dtype,
         device=device,
         linking=linking,
+        precision=precision,
     ) as rag:
 
         def say(url: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvlink_rag.errors import BadInput
 
@@ -13,7 +13,9 @@ DEFAULT_SYSTEM = "You answer the question from the documents. Answer briefly, wi
 DEFAULT_ENCODING_PREFIX = (
     "You answer the question from the documents. Answer briefly, with the words of the documents.\n\n"
 )
+PUBLIC = "public"  # the namespace that all share who name no other
 UNTRAINED = "untrained"  # in place of a link checkpoint: none, not even the one that is shipped
+AUTO = "auto"  # in place of a linking: link_tokens where trained ones are at hand, else one that needs no training
 DEFAULT_K = 3  # chunks to retrieve; a small model loses its way in more
 GIB = 2**30
 
@@ -55,11 +57,23 @@ class ChunkSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """Limits of a store on disk."""
+    """Limits of a store on disk, and what its entries are sealed with.
+
+    max_bytes: budget of all entries; the least recently used ones make room for new ones. max_memory_bytes: budget of
+    verified KV kept in memory; 0 keeps none. ttl_s: entries older than so many seconds are encoded anew. integrity_key:
+    32 bytes; with it nobody who can write the store, but does not know the key, can make an entry that is believed.
+    """
 
     max_bytes: int = 20 * GIB
     max_document_bytes: int = 20 * 2**20
+    max_memory_bytes: int = GIB // 4
+    ttl_s: float | None = None
+    integrity_key: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.max_bytes < 1 or self.max_document_bytes < 1:
-            raise BadInput("max_bytes and max_document_bytes must be positive")
+        if self.max_bytes < 1 or self.max_document_bytes < 1 or self.max_memory_bytes < 0:
+            raise BadInput("max_bytes and max_document_bytes must be positive, max_memory_bytes not negative")
+        if self.ttl_s is not None and not self.ttl_s > 0:
+            raise BadInput(f"ttl_s must be positive, or None for no end; got {self.ttl_s}")
+        if self.integrity_key is not None and len(self.integrity_key) != 32:
+            raise BadInput(f"integrity_key must have 32 bytes, got {len(self.integrity_key)}")

@@ -15,6 +15,7 @@ from kvlink_rag.config import DEFAULT_ENCODING_PREFIX
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv import KV
 from kvlink_rag.model import LanguageModel
+from kvlink_rag.packing import Precision
 from kvlink_rag.recipe import Recipe
 
 NUM_ROWS = 4
@@ -28,6 +29,7 @@ class Encoder:
 
     template must hold `{text}` once. `encoding_prefix` is text that every chunk sees while it is encoded, behind the
     model's own beginning-of-text token (APE's shared prefix, arXiv 2502.05431); its KV is not kept. "" is none.
+    precision: how the KV will lie in the store; it is part of the recipe, the KV encoded here is the model's own.
     """
 
     def __init__(
@@ -36,11 +38,12 @@ class Encoder:
         *,
         template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+        precision: Precision | None = None,
     ):
         before, marker, after = template.partition("{text}")
         if not marker or "{text}" in after:
             raise BadInput(f"a chunk template holds {{text}} exactly once, got {template!r}")
-        self.model = model
+        self.model, self.precision = model, precision or Precision()
         self._before = model.tokenizer.scaffold_ids(before) if before else ()
         self._after = model.tokenizer.scaffold_ids(after) if after else ()
         self.prefix_ids: tuple[int, ...] = ()
@@ -55,7 +58,7 @@ class Encoder:
             encoding_prefix=" ".join(map(str, self.prefix_ids)),
             soft_tokens="",
             compute_dtype=str(model.dtype),
-            storage_dtype=str(model.dtype),
+            storage_dtype=self.precision.name(model.dtype),
         )
         self.fingerprint = self.recipe.fingerprint
 

@@ -7,56 +7,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, TypedDict, TypeVar
+from typing import Any, Self, TypeVar
 
 from typing_extensions import Unpack
 
 from kvlink_rag import maintenance
 from kvlink_rag.answering import AnswerMaker, Request
-from kvlink_rag.chunking import as_hit, chunk_text
+from kvlink_rag.asking import Asking, AskOptions
+from kvlink_rag.chunking import chunk_text
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
+    AUTO,
     DEFAULT_ENCODING_PREFIX,
     DEFAULT_STORE,
+    PUBLIC,
+    UNTRAINED,
     ChunkSettings,
-    GenerationSettings,
     StoreSettings,
 )
 from kvlink_rag.default_models import DEFAULT_MODEL
 from kvlink_rag.encoding import CHUNK_TEMPLATE, Encoder
-from kvlink_rag.errors import BadInput
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import Ingestion, Progress
 from kvlink_rag.kv_source import KVSource
-from kvlink_rag.linking import get_linking
+from kvlink_rag.linking import resolve_linking
 from kvlink_rag.links import Checkpoint, LinkTokens
-from kvlink_rag.matching import ChunkMatcher, say_unmatched
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.prompt import Message, build_prompt
-from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.packing import Precision
+from kvlink_rag.prompt import Message
+from kvlink_rag.store.disk import open_entries
 from kvlink_rag.store.folder import open_folder
 from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.types import AddReport, Answer, Chunk, Document, Hit, Piece
+from kvlink_rag.store.memory import MemoryTier
+from kvlink_rag.store.namespaces import namespace_folder, namespace_id
+from kvlink_rag.types import AddReport, Answer, Hit, Piece
 
+TYPICAL_TOKENS = 200  # of a chunk
 T = TypeVar("T")
-
-
-class AskOptions(TypedDict, total=False):
-    """What `ask` and `stream` take beside the question."""
-
-    documents: Sequence[str | Document | Hit] | None
-    system: str | None
-    linking: str | None
-    reuse: bool
-    match_documents: bool
-    on_unmatched: str
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    stop: Sequence[str]
-    seed: int | None
 
 
 class KVLinkEngine:
@@ -71,25 +61,54 @@ class KVLinkEngine:
         model: LanguageModel,
         store: str | Path = DEFAULT_STORE,
         *,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: LinkTokens | None = None,
         limits: StoreSettings | None = None,
         chunk_template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+        precision: str = "model",
+        namespace: str = PUBLIC,
     ):
-        get_linking(linking)
-        self.model, self.linking = model, linking
+        self.model = model
         self.limits = limits or StoreSettings()
         self.links = links or LinkTokens.untrained(model)
-        self.encoder = Encoder(model, template=chunk_template, encoding_prefix=encoding_prefix)
+        self.encoder = Encoder(
+            model, template=chunk_template, encoding_prefix=encoding_prefix, precision=Precision.parse(precision)
+        )
         self.links.check_recipe(self.encoder.recipe)
-        self.folder = open_folder(store)
-        self.entries = DiskStore(self.folder / "kv", max_bytes=self.limits.max_bytes)
-        self.kvs = KVStore(self.entries, self.encoder.fingerprint, model.kv_shape)
-        self.index = VectorIndex(self.folder)
+        self.linking = self._resolved(linking)
+        self.folder = open_folder(store, self.limits.integrity_key)
+        self.entries = open_entries(self.folder, self.limits)
+        self.memory = MemoryTier(self.limits.max_memory_bytes)
+        self._enter(namespace)
+
+    def _enter(self, namespace: str) -> None:
+        """Answer from this namespace's documents and KV alone."""
+        self.namespace = namespace
+        self.kvs = KVStore(
+            self.entries,
+            self.encoder.fingerprint,
+            self.model.kv_shape,
+            precision=self.encoder.precision,
+            namespace=namespace_id(self.folder, namespace),
+            integrity_key=self.limits.integrity_key,
+            memory=self.memory,
+        )
+        self.index = VectorIndex(namespace_folder(self.folder, namespace))
+        if not self.entries.read_only and self.index.get_meta("namespace") is None:
+            self.index.set_meta("namespace", namespace)
         self._source = KVSource(self.encoder, self.kvs)
-        self._maker = AnswerMaker(model, self._source, self.links)
-        self._matcher: tuple[tuple[int, int], ChunkMatcher] | None = None
+        self._maker = AnswerMaker(self.model, self._source, self.links)
+        self._asking = Asking(self.encoder, self.index)
+
+    def within(self, namespace: str) -> Self:
+        """The same model and store for another namespace (tenant): its documents and KV are nobody else's.
+
+        Cheap: the model, the store's budget and the memory tier are shared. Raises BadInput.
+        """
+        other = copy(self)
+        other._enter(namespace)
+        return other
 
     @classmethod
     def load(
@@ -97,23 +116,26 @@ class KVLinkEngine:
         model: str | Path = DEFAULT_MODEL,
         store: str | Path = DEFAULT_STORE,
         *,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: str | Path | None = None,
         adapter: str | Path | None = None,
         dtype: str = "auto",
         device: str = "auto",
         limits: StoreSettings | None = None,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+        precision: str = "model",
+        namespace: str = PUBLIC,
         **more: Any,
     ) -> Self:
         """Load the model and open the store.
 
         model: folder, hub id or the default's name. links: folder of a link checkpoint for this very model; None: the
         one that comes with this package, if it has one for the model; "untrained": none. adapter: PEFT folder.
+        precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`). namespace: see `within`.
         Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
-        get_linking(linking)
-        open_folder(store)  # a wrong folder is said before seconds of loading
+        resolve_linking(linking, has_links=False)  # a wrong name or folder is said before seconds of loading
+        open_folder(store, (limits or StoreSettings()).integrity_key)
 
         def build(job: Job) -> Any:
             checkpoint = Checkpoint.find(model, links, adapter)
@@ -131,6 +153,8 @@ class KVLinkEngine:
                 links=checkpoint.links(language_model) if checkpoint else None,
                 limits=limits,
                 encoding_prefix=encoding_prefix,
+                precision=precision,
+                namespace=namespace,
                 **more,
             )
 
@@ -175,21 +199,21 @@ class KVLinkEngine:
 
     def delete(self, *document_ids: str) -> int:
         """Remove documents, their chunks and all KV that no other document shares; how many there were."""
-        removed = maintenance.delete_documents(self.index, self.entries, document_ids)
+        removed = maintenance.delete_documents(self.index, self.kvs, document_ids)
         self.index.save()
         return removed
 
     def prune(self, live_ids: Iterable[str] | None = None) -> int:
-        """Delete every KV that no indexed chunk refers to (of other models too); how many there were.
+        """Delete every KV of this namespace that no indexed chunk refers to (of other models too); how many there were.
 
         With live_ids, all documents but these are deleted first.
         """
-        before = sum(1 for _ in self.entries.keys())
+        before = sum(1 for _ in self.entries.keys(self.kvs.namespace))
         if live_ids is not None:
             live = set(live_ids)
             self.delete(*(document_id for document_id in self.index.document_ids() if document_id not in live))
-        maintenance.prune(self.index, self.entries)
-        return before - sum(1 for _ in self.entries.keys())
+        maintenance.prune(self.index, self.entries, self.kvs, self.kvs.namespace)
+        return before - sum(1 for _ in self.entries.keys(self.kvs.namespace))
 
     def document_ids(self) -> list[str]:
         """Ids of all documents, in order."""
@@ -264,9 +288,17 @@ class KVLinkEngine:
     # -- the store ---------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Numbers about the store, and what this process read from it."""
-        counters = asdict(self.entries.counters)
-        return {**maintenance.stats(self.index, self.entries), **counters, "fingerprint": self.fingerprint}
+        """Numbers about this namespace and the store's limits, and what this process read and lost."""
+        return {
+            "namespace": self.namespace,
+            **maintenance.stats(self.index, self.entries, self.kvs.namespace),
+            "bytes_per_token": self.kvs.nbytes(TYPICAL_TOKENS) // TYPICAL_TOKENS,
+            "memory_bytes": self.memory.size_bytes,
+            "max_memory_bytes": self.memory.max_bytes,
+            **asdict(self.kvs.lookups),
+            **asdict(self.entries.counters),
+            "fingerprint": self.fingerprint,
+        }
 
     def verify(self) -> tuple[int, int]:
         """Check every stored KV and drop the damaged ones; (sound, dropped). They are encoded again when needed."""
@@ -295,63 +327,11 @@ class KVLinkEngine:
         default_system: str | None = None,
     ) -> Request:
         """The question with everything the caller said, checked."""
-        if unknown := sorted(set(options) - AskOptions.__annotations__.keys()):
-            raise TypeError(f"unknown options {', '.join(unknown)}; known are {', '.join(AskOptions.__annotations__)}")
-        settings = GenerationSettings(
-            max_new_tokens=options.get("max_new_tokens", GenerationSettings.max_new_tokens),
-            temperature=options.get("temperature", GenerationSettings.temperature),
-            top_p=options.get("top_p", GenerationSettings.top_p),
-            stop=tuple(options.get("stop") or ()),
-            seed=options.get("seed"),
-        )
-        linking = options.get("linking") or self.linking
-        get_linking(linking)
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-        given = [as_hit(item) for item in options.get("documents") or ()]
-        in_place: list[Hit] = []
-        match = options.get("match_documents", False)
-        laid_out = [{**message, "content": self._pieces(message, in_place, match)} for message in messages]
-        self._note_unmatched(options, bool(in_place or given), match)
-        has_system = bool(messages) and messages[0].get("role") == "system"
-        system = options.get("system")
-        prompt = build_prompt(
-            self.model.tokenizer, laid_out, [], system=system if system is not None or has_system else default_system
-        )
-        words = _words(messages[-1].get("content"))
-        return Request(words, prompt, in_place, given, find, linking, options.get("reuse", True), settings, started)
+        linking = self._resolved(options.get("linking") or self.linking)
+        return self._asking.request(question, options, started, linking, find, default_system)
 
-    def _pieces(self, message: Message, found: list[Hit], match: bool) -> Any:
-        """A message's content with Documents and known chunks as token ids; appends their hits to `found`."""
-        content = message.get("content")
-        if isinstance(content, str):
-            content = [content]
-        if not isinstance(content, Sequence):
-            return content  # refused where messages are checked
-        pieces: list[Any] = []
-        for item in content:
-            for piece in self._matched(item) if match and isinstance(item, str) else [item]:
-                if isinstance(piece, Document | Hit):
-                    found.append(as_hit(piece))
-                    pieces.append(self.encoder.token_ids(found[-1].chunk.text))
-                else:
-                    pieces.append(piece)
-        return pieces
-
-    def _matched(self, text: str) -> list[str | Hit]:
-        """A text, split at the known chunks in it."""
-        version = self.index.version()
-        if self._matcher is None or self._matcher[0] != version:
-            self._matcher = (version, ChunkMatcher(self.index.texts()))
-        pieces = self._matcher[1].split(text)
-        return [piece if isinstance(piece, str) else Hit(Chunk(piece[1], piece[0], 0)) for piece in pieces]
-
-    def _note_unmatched(self, options: Mapping[str, Any], has_documents: bool, match: bool) -> None:
-        on_unmatched = options.get("on_unmatched", "ignore")
-        if on_unmatched not in ("ignore", "warn", "raise"):
-            raise BadInput(f"on_unmatched must be 'ignore', 'warn' or 'raise', got {on_unmatched!r}")
-        if not match or has_documents or on_unmatched == "ignore" or not self.index.counts()[1]:
-            return
-        say_unmatched(on_unmatched)
+    def _resolved(self, linking: str) -> str:
+        return resolve_linking(linking, has_links=self.links.name != UNTRAINED)
 
     def _add_chunks(
         self,
@@ -383,8 +363,3 @@ def checked(job: Job, progress: Progress | None) -> Progress:
             progress(stage, done, total)
 
     return report
-
-
-def _words(content: Any) -> str:
-    """The text of a message's content."""
-    return content if isinstance(content, str) else "".join(item for item in content or () if isinstance(item, str))

@@ -10,7 +10,8 @@ KVLinkError
 ├── CheckpointMismatch   a link checkpoint or adapter was made for another base model
 └── StoreError
     ├── NotAStore        the folder holds something else
-    ├── StoreFull        the budget or the disk has no room
+    ├── CannotStore      an entry could not be written, or not be removed
+    │   └── StoreFull    the budget or the disk has no room
     └── CorruptEntry     an entry failed verification (inside the store this is a miss, never an answer)
 """
 
@@ -58,7 +59,11 @@ class NotAStore(StoreError):
     """The folder holds something else than a kvlink store."""
 
 
-class StoreFull(StoreError):
+class CannotStore(StoreError):
+    """An entry could not be written or removed; answers are computed without storing."""
+
+
+class StoreFull(CannotStore):
     """The store's budget or the disk has no room for more."""
 
 

@@ -7,6 +7,8 @@ rebuilt whenever it is missing, damaged or behind. Row ids are never given twice
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,8 +22,10 @@ from blake3 import blake3
 
 from kvlink_rag.embedder import Vectors
 from kvlink_rag.errors import NotAStore
+from kvlink_rag.store.kvdisk import publish
 from kvlink_rag.types import Chunk, Hit
 
+log = logging.getLogger(__name__)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (id TEXT PRIMARY KEY, digest TEXT NOT NULL, title TEXT, metadata TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS chunks (
@@ -57,6 +61,11 @@ class VectorIndex:
         self._folder = Path(folder)
         self._lock = threading.RLock()
         database = self._folder / "index.sqlite"
+        try:
+            if not database.exists():  # nobody else may read texts: made private before SQLite makes it otherwise
+                os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise NotAStore(f"the index in {self._folder} cannot be made: {error.strerror}") from error
         try:
             self._db = sqlite3.connect(database, timeout=60, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA secure_delete=ON")
@@ -228,13 +237,15 @@ class VectorIndex:
             if self._faiss is None or self._is_behind() or self.get_meta("faiss_digest"):
                 return
             data = faiss.serialize_index(self._faiss).tobytes()
-            temporary = self._folder / "index.faiss.tmp"
-            temporary.write_bytes(data)
-            temporary.replace(self._folder / "index.faiss")
-            self._db.execute("BEGIN IMMEDIATE")
-            if not self._is_behind():  # nobody changed the database meanwhile
-                self.set_meta("faiss_digest", blake3(data).hexdigest())
-            self._db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")  # one process at a time
+            try:
+                if not self._is_behind():  # nobody changed the database meanwhile
+                    publish(self._folder / "index.faiss", data)
+                    self.set_meta("faiss_digest", blake3(data).hexdigest())
+            except OSError as error:
+                log.warning("%s: the search index is not saved (%s); the next start rebuilds it", self._folder, error)
+            finally:
+                self._db.execute("COMMIT")
 
     def _is_behind(self) -> bool:
         """Whether another connection changed the database since FAISS was loaded."""
@@ -254,6 +265,7 @@ class VectorIndex:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 self.set_meta("faiss_digest", "")
+                (self._folder / "index.faiss").unlink(missing_ok=True)  # behind now; deleted vectors go with it
                 yield self._db
             except BaseException:
                 self._db.execute("ROLLBACK")

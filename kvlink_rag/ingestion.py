@@ -138,10 +138,10 @@ class Ingestion:
         plan = self._plan(works, to_encode)
         if on_plan is not None:
             on_plan(plan)
-        if plan.expected_bytes > plan.free_bytes:
+        if plan.expected_bytes > (room := self._entries.room_bytes()):
             raise StoreFull(
-                f"{plan.chunks_to_encode} chunks need about {plan.expected_bytes:,} bytes, {plan.free_bytes:,} are "
-                "free within the store's budget and the disk; raise it, delete documents, or encode on first use"
+                f"{plan.chunks_to_encode} chunks need about {plan.expected_bytes:,} bytes, {room:,} are free within "
+                "the store's budget and the disk, if all older KV makes room; raise the budget, or encode on first use"
             )
         written = self._run(works, to_encode, report)
         self._index.save()
@@ -220,14 +220,13 @@ class Ingestion:
 
     def _plan(self, works: list[_Work], to_encode: dict[str, tuple[int, ...]]) -> AddPlan:
         num_tokens = sum(map(len, to_encode.values()))
-        per_token = self._encoder.model.kv_shape.bytes_per_token
         return AddPlan(
             documents=len(works),
             unchanged_documents=sum(work.is_indexed for work in works),
             chunks=sum(len(work.chunks) for work in works),
             chunks_to_encode=len(to_encode),
             tokens_to_encode=num_tokens,
-            expected_bytes=num_tokens * per_token + len(to_encode) * ENTRY_OVERHEAD_BYTES,
+            expected_bytes=sum(self._kvs.nbytes(len(ids)) + ENTRY_OVERHEAD_BYTES for ids in to_encode.values()),
             free_bytes=self._entries.free_bytes(),
         )
 
@@ -239,7 +238,7 @@ class Ingestion:
             wanted = [c.kv_key for work in group for c in work.chunks if c.kv_key in left]
             ids = [left.pop(key) for key in dict.fromkeys(wanted)]
             for _, kv in self._encoder.encode(ids):
-                written += self._kvs.put(kv)
+                written += self._kvs.put(self._kvs.at_rest(kv))
                 done += 1
                 report("encoding", done, len(to_encode))
             self._index_group(group)
@@ -259,7 +258,7 @@ class Ingestion:
                 self._index.replace_document(
                     work.id, work.digest, work.document.title, metadata, work.chunks, vectors[work.id]
                 )
-                self._entries.delete(self._index.unreferenced(old_keys))
+                self._kvs.delete(self._index.unreferenced(old_keys))
 
     def _vectors(self, works: list[_Work]) -> dict[str, Vectors]:
         """Each document's vectors [chunks, dim]: the caller's where there are such, else by the embedder."""

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class StoredKV(Protocol):
+    """KV of one chunk in whatever form it lies in memory: keys and values as in `KV`, read only."""
+
+    @property
+    def keys(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...  # what is stored, by name
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,10 @@ class KV:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "values": self.values}
 
     @property
     def nbytes(self) -> int:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kvlink_rag.encoding import Encoder
-from kvlink_rag.errors import StoreFull
-from kvlink_rag.kv import KV
+from kvlink_rag.errors import CannotStore
+from kvlink_rag.kv import KV, StoredKV
 from kvlink_rag.store.kv_store import KVStore
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class KVSource:
     def __init__(self, encoder: Encoder, kvs: KVStore, *, canonical: bool = True):
         self._encoder, self._kvs, self._canonical = encoder, kvs, canonical
         self._prefixes: dict[tuple[int, ...], KV] = {}
-        self._said_full = False
+        self._said_unwritable = False
 
     def prefix(self, ids: tuple[int, ...]) -> tuple[KV, bool]:
         """KV of a prompt's prefix, the same for every question under one system message; and whether it was kept."""
@@ -40,17 +40,17 @@ class KVSource:
         """Begin to load chunks; those the store lacks are encoded at once, in batches. Without reuse, all are."""
         return Loading(self, chunk_ids, reuse)
 
-    def encode(self, chunk_ids: Sequence[tuple[int, ...]], *, keep: bool = True) -> dict[tuple[int, ...], KV]:
-        """Compute and store chunks. They are used exactly as they would read back: nothing is rounded by storing."""
+    def encode(self, chunk_ids: Sequence[tuple[int, ...]], *, keep: bool = True) -> dict[tuple[int, ...], StoredKV]:
+        """Compute and store chunks. They are used exactly as they would read back, whatever precision is stored."""
         wanted = list(dict.fromkeys(chunk_ids))
-        encoded = {}
-        for number, kv in self._encoder.encode(wanted, canonical=self._canonical):
-            encoded[wanted[number]] = kv
+        encoded: dict[tuple[int, ...], StoredKV] = {}
+        for number, computed in self._encoder.encode(wanted, canonical=self._canonical):
+            encoded[wanted[number]] = kv = self._kvs.at_rest(computed)
             if keep:
                 self._keep(kv)
         return encoded
 
-    def stored(self, ids: tuple[int, ...]) -> KV | None:
+    def stored(self, ids: tuple[int, ...]) -> StoredKV | None:
         """The verified KV in the store, or None."""
         return self._kvs.get(ids)
 
@@ -58,14 +58,14 @@ class KVSource:
         """Whether the store has an entry, not yet verified."""
         return ids in self._kvs
 
-    def _keep(self, kv: KV) -> None:
-        """Store a KV computed for an answer; a full store costs reuse, never the answer."""
+    def _keep(self, kv: StoredKV) -> None:
+        """Store a KV computed for an answer; a store that cannot be written costs reuse, never the answer."""
         try:
             self._kvs.put(kv)
-        except StoreFull as error:
-            if not self._said_full:
+        except CannotStore as error:
+            if not self._said_unwritable:
                 log.warning("%s; answers are computed without storing", error)
-                self._said_full = True
+                self._said_unwritable = True
 
 
 class Loading:
@@ -79,7 +79,7 @@ class Loading:
         self.seconds = time.perf_counter() - started
         self.read_s: dict[tuple[int, ...], float] = {}
 
-    def __iter__(self) -> Iterator[KV]:
+    def __iter__(self) -> Iterator[StoredKV]:
         for ids in self._chunk_ids:
             started = time.perf_counter()
             kv = self._encoded.get(ids) or self._source.stored(ids)

@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.store.disk import DiskStore
 
 
-def delete_documents(index: VectorIndex, entries: DiskStore, document_ids: Sequence[str]) -> int:
+class Deletes(Protocol):
+    """What entries are deleted from: a store, or a store with the copies that memory holds."""
+
+    def delete(self, keys: Iterable[str]) -> int: ...
+
+
+def delete_documents(index: VectorIndex, kvs: Deletes, document_ids: Sequence[str]) -> int:
     """Remove documents, their chunks and all KV that no other document shares; how many documents there were."""
     removed = 0
     for document_id in document_ids:
         keys = [chunk.kv_key for chunk in index.chunks_of(document_id)]
         removed += index.delete_document(document_id)
-        entries.delete(index.unreferenced(keys))
+        kvs.delete(index.unreferenced(keys))
     return removed
 
 
-def prune(index: VectorIndex, entries: DiskStore) -> int:
-    """Delete every KV that no indexed chunk refers to, and files a killed writer left; how many KVs there were."""
+def prune(index: VectorIndex, entries: DiskStore, kvs: Deletes, namespace: str = "") -> int:
+    """Delete every KV of a namespace (by id) that no indexed chunk refers to, and what killed writers left.
+
+    How many KVs there were.
+    """
     live = index.live_keys()
+    removed = kvs.delete([key for key in entries.keys(namespace) if key not in live])
+    entries.sweep()
+    return removed
+
+
+def prune_all(indexes: Mapping[str, VectorIndex], entries: DiskStore) -> int:
+    """`prune` for a whole store, indexes by namespace id; what no known namespace holds goes too."""
+    live = set().union(*(index.live_keys() for index in indexes.values()))
     removed = entries.delete([key for key in entries.keys() if key not in live])
     entries.sweep()
     return removed
 
 
-def stats(index: VectorIndex, entries: DiskStore) -> dict[str, int]:
-    """Documents, chunks, tokens, and the entries that hold their KV."""
+def stats(index: VectorIndex, entries: DiskStore, namespace: str = "") -> dict[str, Any]:
+    """Documents, chunks, tokens of one namespace (by id) and the entries that hold their KV; the store's limits."""
     documents, chunks, tokens = index.counts()
+    num_entries, num_bytes = entries.sizes().get(namespace, (0, 0))
     return {
         "documents": documents,
         "chunks": chunks,
         "tokens": tokens,
-        "entries": sum(1 for _ in entries.keys()),
-        "bytes": entries.size_bytes(),
+        "entries": num_entries,
+        "bytes": num_bytes,
         "max_bytes": entries.max_bytes,
         "free_bytes": entries.free_bytes(),
     }

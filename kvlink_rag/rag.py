@@ -11,20 +11,23 @@ from typing import Any
 from typing_extensions import Unpack
 
 from kvlink_rag.answering import Prepared, Request
+from kvlink_rag.asking import AskOptions
 from kvlink_rag.batching import Batch
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
+    AUTO,
     DEFAULT_ENCODING_PREFIX,
     DEFAULT_K,
     DEFAULT_STORE,
     DEFAULT_SYSTEM,
+    PUBLIC,
     ChunkSettings,
     StoreSettings,
 )
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.encoding import CHUNK_TEMPLATE
-from kvlink_rag.engine import AskOptions, KVLinkEngine, checked
+from kvlink_rag.engine import KVLinkEngine, checked
 from kvlink_rag.errors import BadInput, NotAStore
 from kvlink_rag.ingestion import AddPlan, Ingestion, Progress
 from kvlink_rag.links import LinkTokens
@@ -51,12 +54,14 @@ class KVLinkRAG(KVLinkEngine):
         embedder: Embedder,
         store: str | Path = DEFAULT_STORE,
         *,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: LinkTokens | None = None,
         chunking: ChunkSettings | None = None,
         limits: StoreSettings | None = None,
         chunk_template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+        precision: str = "model",
+        namespace: str = PUBLIC,
     ):
         super().__init__(
             model,
@@ -66,10 +71,11 @@ class KVLinkRAG(KVLinkEngine):
             limits=limits,
             chunk_template=chunk_template,
             encoding_prefix=encoding_prefix,
+            precision=precision,
+            namespace=namespace,
         )
         self.embedder = embedder
         self._chunking = chunking or ChunkSettings()
-        self._encoding = {"chunk_template": chunk_template, "encoding_prefix": encoding_prefix}
 
     @classmethod
     def load(  # type: ignore[override]  # its own settings in place of `more`
@@ -78,7 +84,7 @@ class KVLinkRAG(KVLinkEngine):
         store: str | Path = DEFAULT_STORE,
         *,
         embedder: str | Path = DEFAULT_EMBEDDER,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: str | Path | None = None,
         adapter: str | Path | None = None,
         dtype: str = "auto",
@@ -86,11 +92,14 @@ class KVLinkRAG(KVLinkEngine):
         chunking: ChunkSettings | None = None,
         limits: StoreSettings | None = None,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+        precision: str = "model",
+        namespace: str = PUBLIC,
     ) -> KVLinkRAG:
         """Load models and open the store.
 
         model, embedder: folder, hub id or the default's name. links: folder of a link checkpoint for this very model.
-        adapter: PEFT folder. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
+        adapter: PEFT folder. precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`).
+        namespace: see `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
         return super().load(
             model,
@@ -102,6 +111,8 @@ class KVLinkRAG(KVLinkEngine):
             device=device,
             limits=limits,
             encoding_prefix=encoding_prefix,
+            precision=precision,
+            namespace=namespace,
             embedder=Embedder(embedder),
             chunking=chunking,
         )
@@ -185,19 +196,6 @@ class KVLinkRAG(KVLinkEngine):
         """
         request = self._request(question, options, time.perf_counter() if started is None else started)
         batch.begin(self._maker, request, emit, on_end, on_prepared)
-
-    def beside(self, store: str | Path) -> KVLinkRAG:
-        """Another store for the same models, read and answered in the same way."""
-        return KVLinkRAG(
-            self.model,
-            self.embedder,
-            store,
-            linking=self.linking,
-            links=self.links,
-            limits=self.limits,
-            chunking=self._chunking,
-            **self._encoding,
-        )
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from blake3 import blake3
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Bookkeeping of transformers that decides nothing.
 _VOLATILE_CONFIG = frozenset(
     {"_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures",
@@ -51,11 +51,11 @@ class Recipe:
         return digest.hexdigest()
 
 
-def entry_key(fingerprint: str, token_ids: tuple[int, ...], namespace: bytes = b"") -> str:
-    """The store's key for a chunk: SHA-256 over format, namespace, fingerprint and token ids, hex."""
+def entry_key(fingerprint: str, token_ids: tuple[int, ...], namespace: str = "") -> str:
+    """The store's key for a chunk: SHA-256 over format, namespace id, fingerprint and token ids, hex."""
     digest = hashlib.sha256()
     digest.update(_framed(f"kvlink-entry-{FORMAT_VERSION}".encode()))
-    digest.update(_framed(namespace))
+    digest.update(_framed(namespace.encode()))
     digest.update(_framed(fingerprint.encode()))
     digest.update(_framed(token_id_bytes(token_ids)))
     return digest.hexdigest()

@@ -54,3 +54,23 @@ def open_rag(tiny, embedder, tmp_path):
 @pytest.fixture
 def rag(open_rag):
     return open_rag()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A store's folder of entries, with room."""
+    from kvlink_rag.store.disk import DiskStore
+
+    store = DiskStore(tmp_path / "kv", max_bytes=2**30)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def kvs(disk):
+    """Small KVs in that folder."""
+    from store_parts import FINGERPRINT, shape_of
+
+    from kvlink_rag.store.kv_store import KVStore
+
+    return KVStore(disk, FINGERPRINT, shape_of())

@@ -172,7 +172,7 @@ def test_an_adapter_is_part_of_the_recipe(tmp_path, open_rag, embedder):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "swapped"])
 def test_a_damaged_entry_is_encoded_again_and_the_answer_is_the_same(open_rag, damage):
-    rag = open_rag()
+    rag = open_rag(limits=StoreSettings(max_memory_bytes=0))
     rag.add(DOCUMENTS)
     expected = rag.ask(QUESTION, max_new_tokens=16).text
     first, second, *_ = sorted(rag.entries.folder.glob("??/*.kv"))

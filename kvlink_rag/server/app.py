@@ -9,12 +9,13 @@ from typing import Any
 from fastapi import FastAPI
 
 from kvlink_rag import __version__
+from kvlink_rag.config import PUBLIC
 from kvlink_rag.rag import KVLinkRAG
 from kvlink_rag.server import chat, documents, failures, health, page
 from kvlink_rag.server.body import BoundedBody
 from kvlink_rag.server.guard import Guard
 from kvlink_rag.server.jobs import Ingestions
-from kvlink_rag.server.keys import DEFAULT_NAMESPACE, Keys
+from kvlink_rag.server.keys import Keys
 from kvlink_rag.server.metrics import Metrics
 from kvlink_rag.server.outcome import Outcome
 from kvlink_rag.server.scheduler import Scheduler
@@ -57,7 +58,7 @@ def make_app(rag: KVLinkRAG, *, keys: Keys | None = None, settings: ServerSettin
     """The HTTP application over a loaded engine. Its end closes the engine's stores."""
     settings = settings or ServerSettings()
     metrics = Metrics()
-    stores = Stores(rag, keys.namespaces if keys else (DEFAULT_NAMESPACE,))
+    stores = Stores(rag, keys.namespaces if keys else (PUBLIC,))
     scheduler = Scheduler(rag.model, settings, metrics)
     services = Services(settings, stores, scheduler, Ingestions(settings, metrics), metrics)
     metrics.watch(lambda: [(name, own.stats()) for name, own in stores.items()])

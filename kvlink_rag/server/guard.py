@@ -10,8 +10,9 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kvlink_rag.config import PUBLIC
 from kvlink_rag.server.failures import error_body
-from kvlink_rag.server.keys import DEFAULT_NAMESPACE, Keys
+from kvlink_rag.server.keys import Keys
 
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -35,7 +36,7 @@ class Guard:
         if self._keys is None:
             if _name(host) not in _LOCAL_NAMES:
                 return JSONResponse(error_body(403, "without keys only this machine's own name is answered"), 403)
-            namespace: str | None = DEFAULT_NAMESPACE
+            namespace: str | None = PUBLIC
         else:
             namespace = self._keys.namespace(headers.get("authorization", ""))
         if namespace is None:

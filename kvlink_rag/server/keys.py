@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvlink_rag.config import PUBLIC
 from kvlink_rag.errors import BadInput
 
-DEFAULT_NAMESPACE = "default"
 MIN_KEY_CHARS = 16
 _NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -26,7 +26,7 @@ class Keys:
 
     @classmethod
     def read(cls, path: Path) -> Keys:
-        """Keys from a file: on each line a key, and its namespace if that is not "default". Raises BadInput."""
+        """Keys from a file: on each line a key, and its namespace if that is not the public one. Raises BadInput."""
         try:
             lines = path.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -36,7 +36,7 @@ class Keys:
             words = line.split("#", 1)[0].split()
             if not words:
                 continue
-            key, name, *more = *words, *([DEFAULT_NAMESPACE] if len(words) == 1 else [])
+            key, name, *more = *words, *([PUBLIC] if len(words) == 1 else [])
             if more or not _NAMESPACE.fullmatch(name):
                 raise BadInput(f"{path}:{number}: give a key and, behind a space, a namespace of a-z, 0-9, _ and -")
             if len(key) < MIN_KEY_CHARS or not key.isascii():

@@ -155,7 +155,7 @@ class Scheduler:
             if piece.answer:
                 self._metrics.count(piece.answer)
                 used = self.chunks.setdefault(ticket.rag, {"reused": 0, "computed": 0})
-                for source in piece.answer.sources:
+                for source in () if piece.answer.linking == "full" else piece.answer.sources:  # that is a comparison
                     used["reused" if source.reused else "computed"] += 1
 
         try:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from kvlink_rag.config import DEFAULT_K
-from kvlink_rag.linking import LINKINGS
+from kvlink_rag.errors import BadInput
+from kvlink_rag.linking import LINKINGS, get_linking
 from kvlink_rag.server import settings as bounds
 from kvlink_rag.types import Document
 
@@ -21,12 +22,14 @@ Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
 
 def _known(linking: str) -> str:
-    if linking not in LINKINGS:
-        raise ValueError(f"must be one of {', '.join(LINKINGS)}")
+    try:
+        get_linking(linking)
+    except BadInput:
+        raise ValueError(f"must be one of {', '.join(LINKINGS)}, settings behind an @") from None
     return linking
 
 
-LinkingName = Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": sorted(LINKINGS)})]
+LinkingName = Annotated[Name, AfterValidator(_known), Field(json_schema_extra={"pattern": f"^({'|'.join(LINKINGS)})$"})]
 
 
 class Closed(BaseModel):

@@ -1,26 +1,21 @@
-"""One store per namespace, all answered by one model."""
+"""The namespaces of a store, all answered by one model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
+from kvlink_rag.config import PUBLIC
 from kvlink_rag.rag import KVLinkRAG
-from kvlink_rag.server.keys import DEFAULT_NAMESPACE
 
 
 class Stores:
-    """The namespaces of a server.
+    """Engines by namespace; no document, vector or KV of one is ever found from another (see `KVLinkEngine.within`)."""
 
-    "default" is the store itself; every other namespace is a store of its own in its folder `namespaces`, so that no
-    document, vector or KV of one can ever be found from another.
-    """
-
-    def __init__(self, rag: KVLinkRAG, namespaces: Iterable[str] = (DEFAULT_NAMESPACE,)):
-        self._rags = {DEFAULT_NAMESPACE: rag}
+    def __init__(self, rag: KVLinkRAG, namespaces: Iterable[str] = (PUBLIC,)):
+        self._rags = {PUBLIC: rag}
         for name in namespaces:
             if name not in self._rags:
-                self._rags[name] = rag.beside(Path(rag.folder) / "namespaces" / name)
+                self._rags[name] = rag.within(name)
 
     def __getitem__(self, namespace: str) -> KVLinkRAG:
         return self._rags[namespace]

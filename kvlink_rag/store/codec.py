@@ -2,64 +2,91 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from kvlink_rag.errors import CorruptEntry
-from kvlink_rag.kv import KV, KVShape
-from kvlink_rag.store.entry import Identity, pack, verify
+from kvlink_rag.kv import KVShape, StoredKV
+from kvlink_rag.packing import Precision
+from kvlink_rag.store.entry import MAX_HEADER_BYTES, Identity, pack, strict_json, verify
 
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def to_entry(kv: KV, identity: Identity) -> bytes:
-    """The entry that stores `kv`."""
-    tensors = {"keys": kv.keys.cpu().contiguous(), "values": kv.values.cpu().contiguous()}
-    described = {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
-    return pack(identity, described, save(tensors))
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def from_entry(entry: memoryview, identity: Identity, shape: KVShape) -> KV:
+def to_entry(
+    kv: StoredKV, identity: Identity, shape: KVShape, precision: Precision, integrity_key: bytes | None = None
+) -> bytes:
+    """The entry that stores `kv`, which is `precision.at_rest` of something."""
+    layout = precision.layout(shape, kv.num_tokens)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in kv.tensors.items()}
+    assert tensors.keys() == layout.keys()
+    assert all((tensors[name].dtype, tuple(tensors[name].shape)) == wanted for name, wanted in layout.items())
+    return pack(identity, _described(layout), save(tensors), integrity_key)
+
+
+def from_entry(
+    entry: memoryview | bytearray | bytes,
+    identity: Identity,
+    shape: KVShape,
+    precision: Precision,
+    integrity_key: bytes | None = None,
+) -> StoredKV:
     """The KV in `entry`, on the CPU and sharing its memory. Raises CorruptEntry."""
-    _, payload = verify(entry, identity)
+    header, payload = verify(entry, identity, integrity_key)
+    layout = precision.layout(shape, len(identity.token_ids))
+    check_layout(header, layout)
+    return precision.restore(read_tensors(payload, layout), shape, identity.token_ids)
+
+
+def check_layout(header: Mapping[str, Any], layout: Layout) -> None:
+    """Raise CorruptEntry unless the header describes exactly these tensors."""
+    if header.get("tensors") != {name: [dtype, list(sizes)] for name, (dtype, sizes) in _described(layout).items()}:
+        raise CorruptEntry("the entry's tensors are others than this model's KV must have")
+
+
+def read_tensors(payload: memoryview, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of a safetensors payload: exactly those in `layout`, side by side, nothing between or behind."""
     header_length = int.from_bytes(payload[:8], "little")
-    if header_length > len(payload) - 8:
-        raise CorruptEntry("the payload's header is longer than the payload")
-    try:
-        layout = json.loads(bytes(payload[8 : 8 + header_length]))
-    except (ValueError, RecursionError):
-        raise CorruptEntry("the payload's header is no JSON") from None
-    if not isinstance(layout, dict):
-        raise CorruptEntry("the payload's header names no tensors")
+    if header_length > min(len(payload) - 8, MAX_HEADER_BYTES):
+        raise CorruptEntry("the payload's header is longer than the payload or than any of ours")
+    described = strict_json(payload[8 : 8 + header_length], "payload's header")
+    if described.keys() != layout.keys():
+        raise CorruptEntry("the payload holds other tensors than a KV of this precision")
     data = payload[8 + header_length :]
-    num_tokens = len(identity.token_ids)
-    return KV(
-        _tensor(data, layout.get("keys"), shape, (shape.num_layers, shape.num_kv_heads, num_tokens, shape.head_dim)),
-        _tensor(data, layout.get("values"), shape, (shape.num_layers, shape.num_kv_heads, num_tokens, shape.value_dim)),
-        identity.token_ids,
-    )
+    tensors, spans = {}, []
+    for name, (dtype, sizes) in layout.items():
+        start, stop = _span(described[name], dtype, sizes)
+        spans.append((start, stop))
+        if stop > len(data) or start % dtype.itemsize:
+            raise CorruptEntry("a tensor lies outside the payload or askew in it")
+        tensors[name] = torch.frombuffer(data[start:stop], dtype=dtype).view(sizes)
+    spans.sort()
+    starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
+    if [*starts, len(data)] != [0, *stops]:
+        raise CorruptEntry("the payload's tensors overlap or leave gaps")
+    return tensors
 
 
-def _tensor(data: memoryview, described: object, shape: KVShape, wanted: tuple[int, ...]) -> Tensor:
-    """The tensor described by a safetensors header entry, which must be the one wanted."""
-    count = 1
-    for size in wanted:
-        count *= size
-    num_bytes = count * shape.dtype.itemsize
-    is_wanted = (
-        isinstance(described, dict)
-        and described.get("dtype") == _SAFETENSORS_DTYPES[shape.dtype]
-        and described.get("shape") == list(wanted)
-    )
-    if not is_wanted:
-        raise CorruptEntry(f"a tensor is not {shape.dtype} {wanted}, as this model's KV must be")
-    offsets = described.get("data_offsets")  # type: ignore[attr-defined]
+def _span(described: object, dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Where a tensor lies, if it is described as it must be."""
+    wanted = {"dtype": _NAMES[dtype], "shape": list(sizes)}
+    if not isinstance(described, dict) or described.keys() != {*wanted, "data_offsets"}:
+        raise CorruptEntry("a tensor is not described by dtype, shape and place")
+    if {name: described[name] for name in wanted} != wanted:
+        raise CorruptEntry(f"a tensor is not {dtype} {sizes}, as this model's KV must be")
+    offsets = described["data_offsets"]
     if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
         raise CorruptEntry("a tensor's place is not two numbers")
     start, stop = offsets
-    if not 0 <= start <= stop <= len(data) or stop - start != num_bytes:
-        raise CorruptEntry("a tensor lies outside the payload")
-    return torch.frombuffer(data[start:stop], dtype=shape.dtype).view(wanted)
+    if start < 0 or stop - start != torch.Size(sizes).numel() * dtype.itemsize:
+        raise CorruptEntry("a tensor's place is not as long as the tensor")
+    return start, stop
+
+
+def _described(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (_NAMES[dtype], sizes) for name, (dtype, sizes) in layout.items()}

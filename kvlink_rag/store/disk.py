@@ -1,4 +1,7 @@
-"""Entry bytes in a folder: diskcache rows over files of our own making. Bytes in, bytes out, no torch."""
+"""Entry bytes in a folder: diskcache rows over files of our own making. Bytes in, bytes out, no torch.
+
+Writers take turns; readers wait for nobody. Whatever is wrong with an entry, a row or the disk is a miss.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,234 +19,347 @@ from pathlib import Path
 
 from diskcache import Cache, Timeout
 
-from kvlink_rag.errors import BadInput, CorruptEntry, NotAStore, StoreFull
+from kvlink_rag.config import StoreSettings
+from kvlink_rag.errors import BadInput, CannotStore, CorruptEntry, NotAStore, StoreFull
 from kvlink_rag.store.entry import verify
-from kvlink_rag.store.kvdisk import KVDisk, read_entry_file
+from kvlink_rag.store.files import EntryFiles
+from kvlink_rag.store.kv_index import DATABASE, IS_OURS, Damaged, create_private, new_index, open_index, reconcile
+from kvlink_rag.store.lock import WAIT_S, writer_lock
 
 log = logging.getLogger(__name__)
-ORPHAN_LEASE_S = 3600.0  # a file without a row may belong to a writer that is still at work
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
-_IS_OURS = "raw = 1 AND typeof(key) = 'text' AND length(key) = 64 AND key NOT GLOB '*[^0-9a-f]*'"
+USES_KEPT_S = 60.0  # how long last uses may be known to this process alone
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclass
 class Counters:
-    """What this process saw."""
+    """What this process saw happen to entries."""
 
-    hits: int = 0
-    misses: int = 0
     quarantined: int = 0
+    evicted: int = 0
+    expired: int = 0
 
 
 class DiskStore:
-    """A folder of verified entries.
+    """A folder of entries within a budget of bytes; the least recently used ones make room for new ones.
 
     `get` returns bytes as they lie on disk; whoever makes tensors of them verifies them first and calls
     `quarantine` if they fail. A folder that cannot be written serves what it holds and stores nothing.
+    ttl_s: entries older than this are gone. integrity_key: what entries are sealed with, see `verify`.
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_bytes: int,
+        ttl_s: float | None = None,
+        integrity_key: bytes | None = None,
+        lock_wait_s: float = WAIT_S,
+    ):
         self.folder = Path(folder).absolute()
-        self.max_bytes = max_bytes
+        self.max_bytes, self.ttl_s = max_bytes, ttl_s
         self.counters = Counters()
+        self._files = EntryFiles(self.folder, ttl_s)
+        self.read_only = False
+        self._integrity_key, self._lock_wait_s = integrity_key, lock_wait_s
+        self._uses: dict[str, float] = {}  # key -> when it was last read, not yet in the rows
+        self._uses_flushed = time.monotonic()
+        self._said: set[str] = set()
         if os.path.expandvars(os.path.expanduser(self.folder)) != str(self.folder):
             raise BadInput(f"the store's path {self.folder} holds a variable ($ or ~); choose another name")
         self._cache = self._open()
 
+    # -- opening -----------------------------------------------------------------------------------
+
     def _open(self) -> Cache | None:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            database = self.folder / "cache.db"
-            descriptor = os.open(database, os.O_RDWR | os.O_CREAT, 0o600)
-            is_new = os.fstat(descriptor).st_size == 0
-            os.close(descriptor)
+            mode = stat.S_IMODE(self.folder.stat().st_mode)
+            is_new = create_private(self.folder / DATABASE)
         except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and self.folder.is_dir():
+            if error.errno in _READ_ONLY and self.folder.is_dir():
                 log.warning("%s cannot be written: stored KV is served, nothing is added", self.folder)
+                self.read_only = True
                 return None
             raise NotAStore(f"{self.folder} cannot be used as a KV store: {error.strerror}") from error
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise NotAStore(f"others may write into {self.folder} (mode {mode:o}); run: chmod go-rwx {self.folder}")
         try:
-            cache = self._open_cache()
-        except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in _DAMAGED:
-                raise NotAStore(f"the KV index of {self.folder} cannot be opened: {error}") from error
+            cache = open_index(self.folder)
+        except Damaged as error:
             log.warning("the KV index of %s is damaged (%s); it is rebuilt from the entries", self.folder, error)
-        else:
-            if is_new:
-                self._rebuild(cache)
-            return cache
-        for path in self.folder.glob("cache.db*"):
-            path.unlink()
-        cache = self._open_cache()
-        self._rebuild(cache)
+            return self._rebuild()
+        if cache is not None:
+            with contextlib.suppress(CannotStore), self._writing(self._lock_wait_s if is_new else 0.0):
+                reconcile(cache, self.folder, self.ttl_s)  # nobody is in the middle of a write
         return cache
 
-    def _open_cache(self) -> Cache:
-        cache = Cache(
-            str(self.folder),
-            disk=KVDisk,
-            disk_min_file_size=0,
-            size_limit=2**62,  # the budget is ours: it is checked before a write, and nothing vanishes silently
-            cull_limit=0,
-            eviction_policy="none",
-            statistics=0,
-            sqlite_journal_mode="truncate",
-            sqlite_synchronous=2,
-            sqlite_mmap_size=0,
-        )
-        ((verdict,),) = cache._sql("PRAGMA quick_check(1)").fetchall()
-        if verdict != "ok":
-            cache.close()
-            raise sqlite3.DatabaseError(verdict)
-        return cache
-
-    def _rebuild(self, cache: Cache) -> None:
-        """Bring every sound entry back under its key; files that fail are dropped."""
-        for path in list(self._files()):
+    def _rebuild(self) -> Cache | None:
+        with self._writing():
             try:
-                entry = read_entry_file(path)
-                header, _ = verify(entry)
-                cache.set(header.get("key"), bytes(entry))
-            except (CorruptEntry, TypeError):
-                log.warning("dropped the damaged entry %s", path.name)
-            except OSError as error:  # a link or a folder is no entry of ours
-                log.warning("passed over %s: %s", path.name, error.strerror)
-                continue
-            path.unlink()
+                cache = open_index(self.folder)  # another process may have been quicker
+            except Damaged:
+                cache = new_index(self.folder)
+            if cache is not None:
+                reconcile(cache, self.folder, self.ttl_s)
+            return cache
 
-    @property
-    def read_only(self) -> bool:
-        return self._cache is None
+    # -- reading -----------------------------------------------------------------------------------
 
     def __contains__(self, key: str) -> bool:
-        if self._cache is None:
-            return self._find(key) is not None
-        row = self._cache._sql("SELECT filename FROM Cache WHERE key = ?", (key,)).fetchone()
-        return row is not None and isinstance(row[0], str) and (self.folder / row[0]).exists()
+        """Whether there is an entry, not yet verified."""
+        return self._row_or_file(key) is not None
 
     def get(self, key: str) -> memoryview | None:
         """The entry's bytes, unverified, or None."""
         try:
             entry = self._read(key)
         except CorruptEntry as error:
-            self.quarantine(key, str(error))
+            self.quarantine(key, str(error), b"")
             return None
-        if entry is None:
-            self.counters.misses += 1
-        else:
-            self.counters.hits += 1
+        if entry is not None:
+            self._uses[key] = time.time()
         return entry
 
     def _read(self, key: str) -> memoryview | None:
         if self._cache is not None:
-            entry: memoryview | None = self._cache.get(key)
-            return entry
-        path = self._find(key)
+            try:
+                entry: memoryview | None = self._cache.get(key)
+                return entry
+            except (sqlite3.Error, Timeout) as error:
+                self._say("index", f"the KV index of {self.folder} cannot be read ({error}): files are read without it")
+        return self._files.read(key)
+
+    def _row_or_file(self, key: str) -> Path | None:
+        """The entry's file as the index knows it, or as it is found where there is no index."""
+        if self._cache is None:
+            return self._files.find(key)
+        query = "SELECT filename FROM Cache WHERE key = ? AND (expire_time IS NULL OR expire_time > ?)"
         try:
-            return None if path is None else read_entry_file(path)
-        except OSError:
+            row = self._cache._sql(query, (key, time.time())).fetchone()
+            path: Path | None = None if row is None else self._cache.disk.contained(row[0])
+        except sqlite3.Error:
+            return self._files.find(key)
+        except CorruptEntry:
             return None
+        return path if path is not None and path.exists() else None
 
     def advise(self, key: str) -> None:
         """Ask the system to read an entry's file into its cache; a hint, where the system takes such."""
-        path = self._find(key)
+        path = self._row_or_file(key)
         if path is None or not hasattr(os, "posix_fadvise"):
             return
         with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def put(self, key: str, entry: bytes) -> None:
-        """Store an entry; it is on disk when this returns. Raises StoreFull."""
+    def keys(self, tag: str | None = None) -> Iterator[str]:
+        """Keys of all entries, or of those put under one tag."""
         if self._cache is None:
+            yield from (key for key, its_tag, _ in self._files.headers() if tag in (None, its_tag))
             return
-        try:
-            if self.size_bytes() + len(entry) > self.max_bytes:
-                raise StoreFull(
-                    f"the store's budget of {self.max_bytes:,} bytes is used up; raise it, delete documents, or prune"
-                )
-            self._cache.set(key, entry)
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise StoreFull(f"no room left on the disk of {self.folder}: {error.strerror}") from error
-            raise
-        except (sqlite3.OperationalError, Timeout) as error:
-            raise StoreFull(f"the KV index of {self.folder} cannot be written: {error}") from error
+        query = f"SELECT key FROM Cache WHERE {IS_OURS} AND (? IS NULL OR tag = ?)"
+        yield from [row[0] for row in self._cache._sql(query, (tag, tag)).fetchall()]
 
-    def quarantine(self, key: str, reason: str) -> None:
-        """Take an entry that failed verification out of use."""
-        self.counters.quarantined += 1
-        self.counters.misses += 1
-        log.warning("KV entry %s… failed verification (%s): it is dropped and computed again", key[:12], reason)
-        self.delete([key])
-
-    def delete(self, keys: Iterable[str]) -> int:
-        """Remove entries; how many there were."""
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Tag -> number and bytes of its entries."""
         if self._cache is None:
-            return 0
-        removed = 0
-        for key in keys:
-            files = list((self.folder / key[:2]).glob(f"{key}.*.kv"))
-            removed += bool(self._cache.delete(key))
-            for path in files:
-                path.unlink(missing_ok=True)
-        return removed
-
-    def keys(self) -> Iterator[str]:
-        """Keys of all entries."""
-        if self._cache is None:
-            yield from (path.name[:64] for path in self._files())
-        else:
-            yield from [row[0] for row in self._cache._sql(f"SELECT key FROM Cache WHERE {_IS_OURS}").fetchall()]
+            found: dict[str, tuple[int, int]] = {}
+            for _, tag, size in self._files.headers():
+                number, total = found.get(tag, (0, 0))
+                found[tag] = number + 1, total + size
+            return found
+        query = f"SELECT COALESCE(tag, ''), COUNT(*), SUM(size) FROM Cache WHERE {IS_OURS} GROUP BY 1"
+        return {tag: (number, size) for tag, number, size in self._cache._sql(query)}
 
     def size_bytes(self) -> int:
         """Bytes of all entries, as accounted."""
         if self._cache is None:
-            return sum(path.stat().st_size for path in self._files())
+            return sum(size for _, _, size in self._files.headers())
         return int(self._cache.reset("size"))
 
     def free_bytes(self) -> int:
-        """Bytes that may still be written: the smaller of budget and disk."""
+        """Bytes that may still be written without evicting anything: the smaller of budget and disk."""
         return min(self.max_bytes - self.size_bytes(), shutil.disk_usage(self.folder).free)
 
-    def verify(self) -> tuple[int, list[str]]:
-        """Check every entry; drop those that fail and files nobody refers to. Returns (sound, dropped keys)."""
-        sound, dropped = 0, []
-        for key in self.keys():
+    def room_bytes(self) -> int:
+        """Bytes that may be written if everything else makes room."""
+        return min(self.max_bytes, shutil.disk_usage(self.folder).free + self.size_bytes())
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def put(self, key: str, entry: bytes, tag: str = "") -> None:
+        """Store an entry; it is on disk when this returns. Raises CannotStore, StoreFull.
+
+        tag: under what it is counted. Where the budget is used up, the least recently used entries go first.
+        """
+        if self.read_only:
+            return
+        if len(entry) > self.max_bytes:
+            raise StoreFull(f"one entry of {len(entry):,} bytes is beyond the store's budget of {self.max_bytes:,}")
+        if self._cache is None:
+            raise StoreFull(f"no room left on the disk of {self.folder}; free some and open the store again")
+        with self._writing():
             try:
-                entry = self._read(key)
-                if entry is None:
+                self._make_room(len(entry))
+                self._cache.set(key, entry, expire=self.ttl_s, tag=tag)
+            except (OSError, sqlite3.Error, Timeout) as error:
+                self._tidy(key)
+                if getattr(error, "errno", None) in _NO_ROOM or _is_full(error):
+                    raise StoreFull(f"no room left on the disk of {self.folder}: {error}") from error
+                raise CannotStore(f"an entry could not be written to {self.folder}: {error}") from error
+        self._uses.pop(key, None)
+
+    def quarantine(self, key: str, reason: str, entry: memoryview | bytes) -> None:
+        """Take an entry that failed verification out of use: the bytes that were read, unless they were replaced."""
+        self.counters.quarantined += 1
+        self._say(key, f"KV entry {key[:12]}… failed verification ({reason}): it is dropped and computed again")
+        if self.read_only:
+            return
+        with contextlib.suppress(CannotStore), self._writing():
+            try:
+                now = self._read(key)
+            except CorruptEntry:
+                now = None
+            if now is None or now == entry:
+                self._remove([key])
+
+    def delete(self, keys: Iterable[str]) -> int:
+        """Remove entries, files first, so that it works on a full disk; how many there were. Raises CannotStore."""
+        if self.read_only:
+            return 0
+        with self._writing():
+            return self._remove(list(keys))
+
+    def touch(self, key: str) -> None:
+        """Note that an entry was used by somebody who holds a copy of it."""
+        self._uses[key] = time.time()
+
+    def verify(self) -> tuple[int, list[str]]:
+        """Check every entry; drop those that fail, and make rows and files agree. Returns (sound, dropped keys)."""
+        sound, dropped = 0, []
+        for key in list(self.keys()):
+            entry: memoryview | bytes = b""
+            try:
+                found = self._read(key)
+                if found is None:
+                    if key not in set(self.keys()):  # deleted meanwhile
+                        continue
                     raise CorruptEntry("its file is missing")
-                header, _ = verify(entry)
+                entry = found
+                header, _ = verify(entry, integrity_key=self._integrity_key)
                 if header["key"] != key:
                     raise CorruptEntry("it holds another entry")
                 sound += 1
             except CorruptEntry as error:
-                self.quarantine(key, str(error))
+                self.quarantine(key, str(error), entry)
                 dropped.append(key)
         self.sweep()
         return sound, dropped
 
     def sweep(self) -> int:
-        """Delete files without a row that are older than the lease (a killed writer leaves them)."""
-        if self._cache is None:
+        """Delete what killed writers left half done, and entries whose time is over; how many files there were."""
+        if self.read_only or self._cache is None:
             return 0
-        self._cache._sql(f"DELETE FROM Cache WHERE NOT ({_IS_OURS})")
-        named = {row[0] for row in self._cache._sql("SELECT filename FROM Cache WHERE filename IS NOT NULL")}
-        swept = 0
-        for path in [*self._files(), *self.folder.glob("??/*.tmp")]:
-            is_old = time.time() - path.stat().st_mtime > ORPHAN_LEASE_S
-            if is_old and path.relative_to(self.folder).as_posix() not in named:
-                path.unlink(missing_ok=True)
-                swept += 1
-        return swept
+        with self._writing():
+            return self._expire() + reconcile(self._cache, self.folder, self.ttl_s)
 
     def close(self) -> None:
         if self._cache is not None:
+            with contextlib.suppress(CannotStore, sqlite3.Error), self._writing(0.0):
+                self._flush_uses()
             self._cache.close()
 
-    def _files(self) -> Iterator[Path]:
-        yield from self.folder.glob("??/*.kv")
+    # -- inside ------------------------------------------------------------------------------------
 
-    def _find(self, key: str) -> Path | None:
-        return next((self.folder / key[:2]).glob(f"{key}.*.kv"), None)
+    def _writing(self, wait_s: float | None = None) -> contextlib.AbstractContextManager[None]:
+        return writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Evict the least recently used entries until num_bytes fit the budget. Raises StoreFull."""
+        assert self._cache is not None
+        self._expire()
+        over = self.size_bytes() + num_bytes - self.max_bytes
+        if over > 0 or time.monotonic() - self._uses_flushed > USES_KEPT_S:
+            self._flush_uses()
+        while over > 0:
+            query = f"SELECT key, size FROM Cache WHERE {IS_OURS} ORDER BY access_time LIMIT 256"
+            victims = []
+            for key, size in self._cache._sql(query).fetchall():
+                if over > 0:
+                    victims.append(key)
+                    over -= size
+            evicted = self._remove(victims)
+            if not evicted:
+                raise StoreFull(f"the store's budget of {self.max_bytes:,} bytes is used up and nothing can be evicted")
+            self.counters.evicted += evicted
+            self._say("evicted", f"the store's budget of {self.max_bytes:,} bytes is used up: old entries make room")
+
+    def _expire(self) -> int:
+        """Remove the entries whose time is over; how many there were."""
+        if self._cache is None or self.ttl_s is None:
+            return 0
+        query = "SELECT key FROM Cache WHERE expire_time <= ?"
+        expired = self._remove([row[0] for row in self._cache._sql(query, (time.time(),)).fetchall()])
+        self.counters.expired += expired
+        return expired
+
+    def _flush_uses(self) -> None:
+        """Write when entries were last used into their rows: once a minute, never a write per read."""
+        assert self._cache is not None
+        uses, self._uses, self._uses_flushed = self._uses, {}, time.monotonic()
+        if uses:
+            with self._cache.transact():
+                self._cache._con.executemany(
+                    "UPDATE Cache SET access_time = ? WHERE key = ?", [(used, key) for key, used in uses.items()]
+                )
+
+    def _remove(self, keys: list[str]) -> int:
+        """Remove files, then rows; how many entries there were. A row that cannot be removed names no file: a miss."""
+        removed = self._files.remove(keys)
+        for key in keys:
+            self._uses.pop(key, None)
+        if self._cache is None:
+            return len(removed)
+        try:
+            with self._cache.transact():
+                for key in keys:
+                    if self._cache._sql("DELETE FROM Cache WHERE key = ?", (key,)).rowcount:
+                        removed.add(key)
+        except (sqlite3.Error, Timeout) as error:
+            self._roll_back()
+            log.warning("the KV index of %s cannot be written (%s); the entries' files are deleted", self.folder, error)
+        return len(removed)
+
+    def _tidy(self, key: str) -> None:
+        """After a write that failed: no half transaction, and no file that the index does not know."""
+        self._roll_back()
+        with contextlib.suppress(OSError, sqlite3.Error, CorruptEntry):
+            assert self._cache is not None
+            row = self._cache._sql("SELECT filename FROM Cache WHERE key = ?", (key,)).fetchone()
+            kept = None if row is None else self._cache.disk.contained(row[0])
+            for path in self._files.of(key):
+                if path != kept:
+                    path.unlink(missing_ok=True)
+
+    def _roll_back(self) -> None:
+        assert self._cache is not None
+        with contextlib.suppress(sqlite3.Error):
+            if self._cache._con.in_transaction:
+                self._cache._con.execute("ROLLBACK")
+
+    def _say(self, subject: str, message: str) -> None:
+        """Warn once about each subject."""
+        if subject not in self._said:
+            self._said.add(subject)
+            log.warning("%s", message)
+
+
+def open_entries(folder: Path, limits: StoreSettings) -> DiskStore:
+    """The entries of a store's folder, within its limits."""
+    return DiskStore(folder / "kv", max_bytes=limits.max_bytes, ttl_s=limits.ttl_s, integrity_key=limits.integrity_key)
+
+
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL

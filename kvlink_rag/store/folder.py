@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from blake3 import blake3
+
 from kvlink_rag.errors import NotAStore
+from kvlink_rag.store.kvdisk import publish
 
 MANIFEST = "store.json"
 FORMAT = 1
 
 
-def open_folder(folder: str | Path) -> Path:
-    """The folder, made and marked if it is new. Raises NotAStore if it holds something else."""
+def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
+    """The folder, made and marked if it is new. Raises NotAStore if it holds something else.
+
+    It says under which integrity key its entries are sealed, so that nobody with another drops them all as damaged.
+    """
     path = Path(folder)
+    about_new = {"kvlink_store": FORMAT, "integrity_key": _key_id(integrity_key)}
     if path.exists() and not path.is_dir():
         raise NotAStore(f"{path} is a file; a store is a folder")
     manifest = path / MANIFEST
@@ -24,12 +31,24 @@ def open_folder(folder: str | Path) -> Path:
             raise NotAStore(f"{manifest} cannot be read: {error}") from error
         if not isinstance(about, dict) or about.get("kvlink_store") != FORMAT:
             raise NotAStore(f"{path} is a store of another version, or none of ours; choose another folder")
+        if about.get("integrity_key", "") != about_new["integrity_key"]:
+            given = "another was given" if integrity_key else "none was given"
+            raise NotAStore(
+                f"{path} is sealed with an integrity key, and {given}"
+                if about.get("integrity_key")
+                else f"{path} has no integrity key, but one was given; add the documents to a new store"
+            )
         return path
     try:
         if path.exists() and any(path.iterdir()):
             raise NotAStore(f"{path} holds other files and is no kvlink store; choose an empty or new folder")
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        manifest.write_text(json.dumps({"kvlink_store": FORMAT}), "utf-8")
+        publish(manifest, json.dumps(about_new).encode())
     except OSError as error:
         raise NotAStore(f"no store can be made in {path}: {error.strerror}") from error
     return path
+
+
+def _key_id(integrity_key: bytes | None) -> str:
+    """What tells an integrity key from others without giving it away; "" without one."""
+    return "" if integrity_key is None else blake3(integrity_key, derive_key_context="kvlink_rag key id").hexdigest()

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import secrets
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +22,92 @@ from kvlink_rag.errors import CorruptEntry
 MODE_BINARY = 2  # diskcache's number for "bytes in a file"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"([0-9a-f]{2})/([0-9a-f]{64})\.[0-9a-f]{16}\.kv")
+_NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
 
 
 class KVDisk(Disk):  # type: ignore[misc]
     """Entry files named `<key>.<random>.kv`, new for every write, published by fsync and rename."""
 
     def put(self, key: Any) -> tuple[str, bool]:
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
+        if not is_key(key):
             raise TypeError(f"a key is 64 hex digits, got {key!r}")
         return key, True
 
     def get(self, key: Any, raw: Any) -> str:
-        if not raw or not isinstance(key, str) or not _KEY.fullmatch(key):
+        if not raw or not is_key(key):
             raise CorruptEntry("a row of the KV index has no hex key")
-        return key
+        return str(key)
 
     def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str, None]:
         if read or not isinstance(value, bytes):
             raise TypeError("only entry bytes can be stored")
         key, _ = self.put(key)
         name = f"{key[:2]}/{key}.{secrets.token_hex(8)}.kv"
-        path = Path(self._directory, name)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(value)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        publish(Path(self._directory, name), value)
         return len(value), MODE_BINARY, name, None
 
     def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> memoryview:
         if read or mode != MODE_BINARY or value is not None:
             raise CorruptEntry("a row of the KV index is of another kind than entry files")
-        return read_entry_file(self._contained(filename))
+        return read_entry_file(self.contained(filename))
 
     def remove(self, file_path: Any) -> None:
         with contextlib.suppress(FileNotFoundError, CorruptEntry):  # a row may name what is no entry: left alone
-            self._contained(file_path).unlink()
+            self.contained(file_path).unlink()
 
-    def _contained(self, name: Any) -> Path:
+    def contained(self, name: Any) -> Path:
+        """The entry file that a row names. Raises CorruptEntry if it names anything else."""
         match = _FILE_NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None or match[1] != match[2][:2]:
             raise CorruptEntry("a row of the KV index names a file that is no entry")
         return Path(self._directory, name)
 
 
+def is_key(key: object) -> bool:
+    """Whether `key` is what entries are stored under."""
+    return isinstance(key, str) and _KEY.fullmatch(key) is not None
+
+
+def key_of_file(path: Path) -> str | None:
+    """The key that an entry file's name says, or None if it is no entry file's name."""
+    match = _FILE_NAME.fullmatch(f"{path.parent.name}/{path.name}")
+    return match[2] if match and match[1] == match[2][:2] else None
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Let a file appear under its name, whole and on the disk, or not at all."""
+    if not path.parent.is_dir():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(path.parent.parent)
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)  # a killed writer's, where a name is used again
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        for leftover in (temporary, path):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+        raise
+
+
+def open_entry_file(path: Path) -> FileIO:
+    """An entry file for reading; symlinks are not followed, pipes not waited for. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0))
+    return open(descriptor, "rb", buffering=0)
+
+
 def read_entry_file(path: Path) -> memoryview:
-    """The file's bytes in a buffer of our own, symlinks not followed. Raises OSError."""
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb", buffering=0) as file:
+    """The file's bytes in a buffer of our own: one mapped from a file that shrinks would kill us. Raises OSError."""
+    with open_entry_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         view = np.empty(size, dtype=np.uint8).data  # unlike a bytearray, not zeroed first
         filled = 0
@@ -83,7 +116,8 @@ def read_entry_file(path: Path) -> memoryview:
         return view[:filled]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

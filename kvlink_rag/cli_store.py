@@ -1,0 +1,116 @@
+"""`kvlink store`: looking after a store, without any model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvlink_rag.cli_options import Json, MaxGib, Namespace, Store, integrity_key, must_be_store
+from kvlink_rag.config import DEFAULT_STORE, GIB, PUBLIC
+from kvlink_rag.console import say
+from kvlink_rag.errors import BadInput, KVLinkError
+
+store_app = typer.Typer(help="Look after a store.", no_args_is_help=True)
+
+
+@store_app.command()
+def stats(store: Store = Path(DEFAULT_STORE), max_gib: MaxGib = 20.0, as_json: Json = False) -> None:
+    """Documents, chunks, entries and bytes of a store, by namespace."""
+    from kvlink_rag.index import VectorIndex
+    from kvlink_rag.maintenance import stats as stats_of
+    from kvlink_rag.store.namespaces import namespace_folders
+
+    with _maintained(store, PUBLIC, max_gib) as (_, entries):
+        rows = {}
+        for identifier, folder in namespace_folders(store).items():
+            index = VectorIndex(folder)
+            rows[index.get_meta("namespace") or PUBLIC] = stats_of(index, entries, identifier)
+            index.close()
+    names = ("documents", "chunks", "tokens", "entries", "bytes")
+    total = {name: sum(row[name] for row in rows.values()) for name in names}
+    limits = {name: rows[PUBLIC][name] for name in ("max_bytes", "free_bytes")}
+    if as_json:
+        by_namespace = {name: {key: row[key] for key in names} for name, row in rows.items()}
+        print(json.dumps({**total, **limits, "namespaces": by_namespace}))
+        return
+    say({**total, **limits}, as_json)
+    for name, row in rows.items() if len(rows) > 1 else ():
+        print(f"{name:>24}  " + ", ".join(f"{row[key]:,} {key}" for key in names))
+
+
+@store_app.command("list")
+def list_documents(store: Store = Path(DEFAULT_STORE), namespace: Namespace = PUBLIC, as_json: Json = False) -> None:
+    """Ids of all documents."""
+    with _maintained(store, namespace) as (index, _):
+        ids = index.document_ids()
+        print(json.dumps(ids) if as_json else "\n".join(ids))
+
+
+@store_app.command()
+def delete(
+    documents: Annotated[list[str], typer.Argument(help="Ids of documents, as `kvlink store list` prints them.")],
+    store: Store = Path(DEFAULT_STORE),
+    namespace: Namespace = PUBLIC,
+    as_json: Json = False,
+) -> None:
+    """Remove documents with their chunks and stored KV."""
+    from kvlink_rag.maintenance import delete_documents
+
+    with _maintained(store, namespace) as (index, entries):
+        known = [name if index.document_digest(name) is not None else str(Path(name).resolve()) for name in documents]
+        removed = delete_documents(index, entries, known)
+        say({"deleted": removed}, as_json)
+        if removed < len(documents):
+            raise BadInput(f"{len(documents) - removed} of {len(documents)} documents are not in {store}")
+
+
+@store_app.command()
+def prune(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
+    """Delete stored KV that no document refers to, in all namespaces, and what killed writers left."""
+    from kvlink_rag.index import VectorIndex
+    from kvlink_rag.maintenance import prune_all
+    from kvlink_rag.store.namespaces import namespace_folders
+
+    with _maintained(store, PUBLIC) as (_, entries):
+        indexes = {identifier: VectorIndex(folder) for identifier, folder in namespace_folders(store).items()}
+        say({"pruned": prune_all(indexes, entries)}, as_json)
+        for index in indexes.values():
+            index.close()
+
+
+@store_app.command()
+def verify(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
+    """Check every stored KV; damaged ones are dropped and encoded again when needed."""
+    with _maintained(store, PUBLIC) as (_, entries):
+        sound, dropped = entries.verify()
+        say({"sound": sound, "dropped": len(dropped)}, as_json)
+        if dropped:
+            raise KVLinkError(f"{len(dropped)} damaged entries dropped; the next question or `add` encodes them again")
+
+
+@contextmanager
+def _maintained(store: Path, namespace: str, max_gib: float = 20.0) -> Iterator[Any]:
+    """A namespace's index and the store's entries."""
+    must_be_store(store)
+    from kvlink_rag.config import StoreSettings
+    from kvlink_rag.index import VectorIndex
+    from kvlink_rag.store.disk import open_entries
+    from kvlink_rag.store.folder import open_folder
+    from kvlink_rag.store.namespaces import namespace_folder, namespace_id
+
+    folder = open_folder(store, integrity_key())
+    identifier = namespace_id(folder, namespace)
+    if identifier and not (folder / "namespaces" / identifier).is_dir():
+        raise BadInput(f"there is no namespace {namespace!r} in {store}; see: kvlink store stats --store {store}")
+    index = VectorIndex(namespace_folder(folder, namespace))
+    entries = open_entries(folder, StoreSettings(max_bytes=max(1, int(max_gib * GIB)), integrity_key=integrity_key()))
+    try:
+        yield index, entries
+    finally:
+        index.close()
+        entries.close()

@@ -1,0 +1,149 @@
+"""diskcache's rows, which say what entry files there are: opened safely, and made true to the files again.
+
+The files are the truth. Rows are derived from them: lost or damaged ones come back from the entries' headers,
+whatever a killed writer left is taken in or swept away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from diskcache import Cache
+from diskcache.core import DEFAULT_SETTINGS, METADATA
+
+from kvlink_rag.errors import CorruptEntry, NotAStore
+from kvlink_rag.store.files import entry_files, read_header
+from kvlink_rag.store.kvdisk import MODE_BINARY, KVDisk, key_of_file, sync_folder
+
+log = logging.getLogger(__name__)
+DATABASE = "cache.db"
+BUSY_S = 60.0  # how long to wait for another process that holds the index
+SETTINGS: dict[str, Any] = {
+    "disk_min_file_size": 0,
+    "size_limit": 2**62,  # the budget is ours: room is made before a write
+    "cull_limit": 0,
+    "eviction_policy": "none",
+    "statistics": 0,
+    "tag_index": 0,
+    "sqlite_journal_mode": "truncate",
+    "sqlite_synchronous": 2,
+    "sqlite_mmap_size": 0,
+    "sqlite_secure_delete": 1,
+}
+IS_OURS = "raw = 1 AND typeof(key) = 'text' AND length(key) = 64 AND key NOT GLOB '*[^0-9a-f]*'"
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+_DISK_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+
+
+class Damaged(Exception):
+    """The index cannot be used as it is."""
+
+
+def open_index(folder: Path) -> Cache | None:
+    """The rows of a folder; None where the disk has no room to open them. Raises Damaged, NotAStore."""
+    try:
+        _check(folder / DATABASE)
+        cache = Cache(str(folder), disk=KVDisk, **SETTINGS)
+        cache._sql(f"DELETE FROM Cache WHERE NOT ({IS_OURS})")
+        return cache
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code in _DAMAGED:
+            raise Damaged(str(error)) from error
+        if code in _DISK_FULL:
+            log.warning(
+                "no room to open the KV index of %s (%s): entries are read and deleted, none added", folder, error
+            )
+            return None
+        raise NotAStore(f"the KV index of {folder} cannot be opened: {error}") from error
+
+
+def _check(database: Path) -> None:
+    """Raise sqlite3.DatabaseError unless the file is sound and holds no settings but those diskcache knows.
+
+    diskcache turns every row of its settings into an attribute or a PRAGMA.
+    """
+    connection = sqlite3.connect(database, timeout=BUSY_S, isolation_level=None)
+    try:
+        ((verdict,),) = connection.execute("PRAGMA quick_check(1)").fetchall()
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        found = {name for (name,) in connection.execute("SELECT key FROM Settings")} if "Settings" in tables else set()
+    finally:
+        connection.close()
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(verdict)
+    if strange := found - {*DEFAULT_SETTINGS, *METADATA, *SETTINGS}:
+        raise sqlite3.DatabaseError(f"settings {sorted(map(repr, strange))[:3]} are none of diskcache's")
+
+
+def new_index(folder: Path) -> Cache | None:
+    """Rows without any, in place of what lies there."""
+    for path in folder.glob(f"{DATABASE}*"):
+        path.unlink()
+    create_private(folder / DATABASE)
+    return open_index(folder)
+
+
+def create_private(path: Path) -> bool:
+    """Make a file that nobody else may read, unless there is one; whether it is empty."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        return os.fstat(descriptor).st_size == 0
+    finally:
+        os.close(descriptor)
+
+
+def reconcile(cache: Cache, folder: Path, ttl_s: float | None) -> int:
+    """Make rows and files agree; how many files were swept. The caller holds the writer lock.
+
+    A whole entry without a row is taken in: it is what its header says, whoever wrote it. What was left half
+    written, or has been written anew, goes.
+    """
+    swept = 0
+    with cache.transact(retry=True):
+        rows = dict(cache._sql("SELECT key, filename FROM Cache").fetchall())
+        seen = set()
+        for path in list(entry_files(folder, with_unfinished=True)):
+            name = f"{path.parent.name}/{path.name}"
+            key = key_of_file(path)
+            if key is not None and rows.get(key) == name:
+                seen.add(key)
+            elif key is not None and not _is_there(folder, rows.get(key)) and _adopt(cache, path, key, name, ttl_s):
+                rows[key] = name
+                seen.add(key)
+            else:
+                path.unlink(missing_ok=True)
+                sync_folder(path.parent)
+                swept += 1
+        for key in rows.keys() - seen:
+            cache._sql("DELETE FROM Cache WHERE key = ?", (key,))
+    return swept
+
+
+def _is_there(folder: Path, name: str | None) -> bool:
+    path = None if name is None else folder / name
+    return path is not None and key_of_file(path) is not None and path.is_file()
+
+
+def _adopt(cache: Cache, path: Path, key: str, name: str, ttl_s: float | None) -> bool:
+    """Bring an entry file back into the rows, if it is one."""
+    try:
+        header = read_header(path)
+        namespace = header.get("namespace")
+        if header.get("key") != key or not isinstance(namespace, str):
+            raise CorruptEntry("it is another entry than its name says")
+    except CorruptEntry as error:
+        log.warning("dropped the damaged entry %s…: %s", key[:12], error)
+        return False
+    stat = path.stat()
+    expires = None if ttl_s is None else stat.st_mtime + ttl_s
+    cache._sql(
+        "INSERT OR REPLACE INTO Cache(key, raw, store_time, expire_time, access_time, access_count, tag, size, mode, "
+        "filename, value) VALUES (?, 1, ?, ?, ?, 0, ?, ?, ?, ?, NULL)",
+        (key, stat.st_mtime, expires, stat.st_mtime, namespace, stat.st_size, MODE_BINARY, name),
+    )
+    return True

@@ -1,0 +1,146 @@
+"""Rows and files that somebody else wrote: nothing runs, nothing outside is touched, nothing wrong is read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from store_parts import (
+    entry_files,
+    entry_of,
+    identity_of,
+    key_of,
+    open_unwritable,
+    write_row,
+)
+
+from kvlink_rag.errors import CorruptEntry
+from kvlink_rag.store.kvdisk import KVDisk
+
+
+class Bomb:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize("in_file", [False, True], ids=["in the row", "in a file"])
+def test_a_pickle_in_the_index_is_never_loaded(disk, tmp_path, in_file):
+    """A hand-written row of diskcache's pickle mode is a miss and is dropped (CVE-2025-69872)."""
+    trace, key = tmp_path / "trace", key_of(1)
+    bomb = pickle.dumps(Bomb(trace))
+    name = f"{key[:2]}/{key}.{'0' * 16}.kv"
+    (disk.folder / key[:2]).mkdir()
+    (disk.folder / name).write_bytes(bomb)
+    write_row(disk.folder, key, mode=4, filename=name if in_file else None, value=None if in_file else bomb)
+    assert disk.get(key) is None
+    assert not trace.exists()
+    assert disk.counters.quarantined == 1
+    assert key not in disk
+    pickle.loads(bomb)
+    assert trace.exists(), "the bomb itself works"
+
+
+def test_a_pickled_key_in_the_index_is_never_loaded(disk, tmp_path):
+    """Rows with keys that are not ours neither run anything nor stop the store from being checked."""
+    trace = tmp_path / "trace"
+    disk.put(identity_of().key, entry_of())
+    write_row(disk.folder, pickle.dumps(Bomb(trace)), raw=0, mode=1, value=b"x")
+    write_row(disk.folder, "not hex", mode=1, value=b"x")
+    write_row(disk.folder, 17, mode=1, value=b"x")
+    assert list(disk.keys()) == [identity_of().key]
+    assert disk.verify()[0] == 1
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../victim.txt",
+        "{absolute}",
+        "../{key2}/../victim.txt",
+        "{key2}/../../victim.txt",
+        "{key2}/{key}.x.kv",
+        "",
+        None,
+    ],
+)
+@pytest.mark.parametrize("mode", [2, 3, 4])
+def test_a_row_that_names_a_file_outside_the_store_neither_reads_nor_deletes_it(disk, tmp_path, name, mode):
+    """Whatever the index says, only entry files of the store are opened or removed."""
+    victim, key = tmp_path / "victim.txt", key_of(1)
+    victim.write_bytes(entry_of())
+    filename = name and name.format(absolute=victim, key=key, key2=key[:2])
+    for take_away in (disk.get, lambda key: disk.delete([key]), lambda key: disk.verify()):
+        write_row(disk.folder, key, mode=mode, filename=filename)
+        take_away(key)
+        assert victim.read_bytes() == entry_of()
+        assert key not in disk
+    assert disk.counters.quarantined == 2
+
+
+def test_a_key_with_a_strange_row_can_be_stored_again(disk, tmp_path):
+    """Putting an entry over a row that names a file outside replaces the row and leaves that file alone."""
+    victim, identity = tmp_path / "victim.txt", identity_of()
+    victim.write_text("mine")
+    write_row(disk.folder, identity.key, filename="../victim.txt")
+    disk.put(identity.key, entry_of())
+    assert disk.get(identity.key) == entry_of()
+    assert victim.read_text() == "mine"
+
+
+def test_a_symlink_in_place_of_an_entry_is_not_followed(disk, tmp_path, monkeypatch):
+    """Neither a writable nor a read-only store reads through a link."""
+    identity = identity_of()
+    disk.put(identity.key, entry_of())
+    (path,) = entry_files(disk.folder)
+    victim = path.rename(tmp_path / "victim.kv")
+    path.symlink_to(victim)
+    assert disk.get(identity.key) is None
+    assert open_unwritable(disk.folder, monkeypatch).get(identity.key) is None
+    monkeypatch.undo()
+    disk.delete([identity.key])
+    assert victim.read_bytes() == entry_of()
+
+
+BAD_KEYS = [
+    "",
+    "ab",
+    "A" * 64,
+    "g" * 64,
+    "a" * 63,
+    "a" * 65,
+    "a" * 64 + "\n",
+    "../" + "a" * 61,
+    b"a" * 64,
+    7,
+    None,
+    (1,),
+]
+
+
+@pytest.mark.parametrize("key", BAD_KEYS, ids=repr)
+def test_only_hex_digests_are_keys(tmp_path, key):
+    """Any other key is refused before anything is written or read."""
+    files = KVDisk(str(tmp_path))
+    with pytest.raises(TypeError, match="64 hex digits"):
+        files.put(key)
+    with pytest.raises(TypeError, match="64 hex digits"):
+        files.store(b"bytes", False, key=key)
+    with pytest.raises(CorruptEntry):
+        files.get(key, True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["text", 1, 1.5, None, {"a": 1}, bytearray(b"x"), memoryview(b"x")], ids=repr)
+def test_only_bytes_are_values(tmp_path, value):
+    """There is no way to have anything pickled."""
+    with pytest.raises(TypeError, match="only entry bytes"):
+        KVDisk(str(tmp_path)).store(value, False, key=key_of(1))
+    assert not list(tmp_path.iterdir())

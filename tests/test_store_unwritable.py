@@ -1,0 +1,116 @@
+"""Disks that are full or cannot be written, and calls that fail: reported, and never a wrong answer."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+from store_parts import (
+    FINGERPRINT,
+    ROOM,
+    TOKEN_IDS,
+    entry_files,
+    identity_of,
+    open_unwritable,
+    random_kv,
+    same_bits,
+    shape_of,
+)
+
+from kvlink_rag.errors import BadInput, NotAStore
+from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.store.folder import open_folder
+from kvlink_rag.store.kv_store import KVStore
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EPERM], ids=errno.errorcode.get)
+def test_a_read_only_folder_serves_reads_and_takes_nothing(tmp_path, monkeypatch, error):
+    """Stored KV on a medium that cannot be written is used; `put`, `delete` and a bad entry change no file."""
+    store = DiskStore(tmp_path, max_bytes=ROOM)
+    kvs = KVStore(store, FINGERPRINT, shape_of())
+    kvs.put(random_kv())
+    kvs.put(random_kv((1, 2)))
+    store.close()
+    bad = next(path for path in entry_files(tmp_path) if path.name.startswith(identity_of((1, 2)).key))
+    bad.write_bytes(bad.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    store = open_unwritable(tmp_path, monkeypatch, error)
+    kvs = KVStore(store, FINGERPRINT, shape_of())
+    assert store.read_only and TOKEN_IDS in kvs and (3, 4) not in kvs
+    assert same_bits(kvs.get(TOKEN_IDS), random_kv())
+    assert kvs.get((1, 2)) is None and store.counters.quarantined == 1
+    kvs.put(random_kv((3, 4)))
+    assert kvs.get((3, 4)) is None and store.delete([identity_of().key]) == 0 and store.sweep() == 0
+    assert sorted(store.keys()) == sorted([identity_of().key, identity_of((1, 2)).key])
+    assert store.verify() == (1, [identity_of((1, 2)).key])
+    store.close()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["$HOME", "${HOME}", "a/$HOME/kv"])
+def test_a_path_with_a_variable_in_it_is_refused(tmp_path, monkeypatch, name):
+    """diskcache would write somewhere else than asked for."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(BadInput, match="variable"):
+        DiskStore(tmp_path / name, max_bytes=ROOM)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_place_of_the_folder_is_no_store(tmp_path):
+    """A path that is a file is refused by name."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotAStore, match="file"):
+        DiskStore(tmp_path / "file", max_bytes=ROOM)
+    with pytest.raises(NotAStore, match="is a file"):
+        open_folder(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_not_taken_over(tmp_path):
+    """Only an empty, a new or an own folder becomes a store, and stays one."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(NotAStore, match="holds other files"):
+        open_folder(tmp_path / "full")
+    for _ in range(2):
+        assert open_folder(tmp_path / "new") == tmp_path / "new"
+    for manifest in ("{", "[]", '{"kvlink_store": 99}', "\0"):
+        (tmp_path / "new" / "store.json").write_text(manifest)
+        with pytest.raises(NotAStore):
+            open_folder(tmp_path / "new")
+
+
+FULL_DISK = """
+import resource, sys
+from kvlink_rag.errors import StoreFull
+from kvlink_rag.store.disk import DiskStore
+store = DiskStore(sys.argv[1], max_bytes=2**30)
+store.put("a" * 64, b"small" * 1000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+try:
+    store.put("b" * 64, bytes(2_000_000))
+except StoreFull as error:
+    print("full:", error)
+store.put("c" * 64, b"small" * 1000)
+print(len(list(store.keys())), "torch" in sys.modules)
+store.close()
+"""
+
+
+def test_a_full_disk_is_said_and_leaves_no_partial_file(tmp_path):
+    """A write that the system cuts short is StoreFull; the store goes on working."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    full, rest = done.stdout.splitlines()
+    assert full.startswith("full: no room left") and rest == "2 False"
+    assert [path.stat().st_size for path in entry_files(tmp_path)] == [5000, 5000]
+    assert not list(tmp_path.glob("??/*.tmp"))
+
+
+def test_the_byte_store_needs_no_torch():
+    """Whoever only checks or prunes a store does not wait for torch."""
+    code = "import sys, kvlink_rag.store.disk; print(sorted({'torch', 'transformers', 'faiss'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
