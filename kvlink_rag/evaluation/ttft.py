@@ -11,7 +11,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,23 @@ def _measure(rag: KVLinkRAG, length: int, repeats: int, report: Callable[[int], 
         "encode_tokens_per_s": encode_tokens_per_s,
         "repeats": repeats,
     }
+
+
+def median_ttfts(
+    rag: KVLinkRAG, linkings: Sequence[str], length: int, repeats: int, report: Callable[[int], None]
+) -> dict[str, float]:
+    """Median seconds to the first token over a context of `length` tokens, by linking; runs are interleaved."""
+    question, texts = make_texts(rag, length)
+    compute.run(lambda job: fill(rag, texts))
+    times: dict[str, list[float]] = {linking: [] for linking in linkings}
+    for run in range(repeats + 1):  # the first run warms up
+        for linking, seconds in times.items():
+            answer = rag.ask(question, k=NUM_CHUNKS, linking=linking, max_new_tokens=1)
+            assert len(answer.sources) == NUM_CHUNKS
+            if run:
+                seconds.append(answer.timings.ttft_s)
+        report(run + 1)
+    return {linking: round(statistics.median(seconds), 4) for linking, seconds in times.items()}
 
 
 def make_texts(rag: KVLinkRAG, length: int) -> tuple[str, list[str]]:
