@@ -158,10 +158,11 @@ def _floor(rag: KVLinkRAG, messages: list[Message], texts: list[str]) -> float:
 def _text(rag: KVLinkRAG, rng: random.Random, num_tokens: int) -> str:
     """Words that make exactly so many tokens."""
     count = rag.model.tokenizer.count
-    words = [word for word in WORDS if count(f" {word}") == 1]
-    text = " ".join(rng.choice(words) for _ in range(num_tokens))
+    words = [f" {word}" for word in WORDS if count(f" {word}") == 1]
+    words = words or list("abcdefgh")  # a tokenizer that knows no words has letters
+    text = "".join(rng.choice(words) for _ in range(num_tokens)).strip()
     while count(text) > num_tokens:
-        text = text.rpartition(" ")[0]
+        text = text[:-1]
     while count(text) < num_tokens:
-        text += f" {rng.choice(words)}"
+        text += rng.choice(words)
     return text
