@@ -26,7 +26,7 @@ def make_model(folder: Path) -> Path:
 with tempfile.TemporaryDirectory() as temporary:
     model = sys.argv[1] if len(sys.argv) > 1 else make_model(Path(temporary) / "model")
     with KVLinkRAG.load(model, store=Path(temporary) / "store") as rag:
-        rag.add("The fog horn of the lighthouse is called Old Bertha.")
+        rag.add(Path(__file__).parent / "corpus" / "lighthouse.md")
         shape = rag.model.kv_shape
         print(f"{rag.model.public_name}: proven movable; {shape.bytes_per_token:,} bytes a token")
         stored = rag.ask("What is the fog horn called?", max_new_tokens=8)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from kvlink_rag.cli_check import check
 from kvlink_rag.cli_measure import bench_app, evaluate
 from kvlink_rag.cli_options import (
     DEFAULT_EMBEDDER_NAME,
@@ -45,6 +46,7 @@ app.add_typer(bench_app, name="bench")
 app.command("eval")(evaluate)
 app.command("train")(train)
 app.command("serve")(serve)
+app.command("check")(check)
 
 
 @app.command()

@@ -54,7 +54,7 @@ LAYERS = [
     ["batching", "engine", "training.train"],
     ["rag", "evaluation.forced"],
     ["evaluation.answers", "evaluation.agreement", "evaluation.ttft", "training.study"],
-    ["evaluation.decode"],
+    ["evaluation.decode", "evaluation.check"],
     ["server.settings", "server.keys", "server.failures", "server.metrics", "server.page"],
     ["server.schemas", "server.stores", "server.guard", "server.body", "server.outcome"],
     ["server.scheduler", "server.jobs"],
@@ -64,7 +64,7 @@ LAYERS = [
     ["server.run"],
     ["console"],
     ["cli_options"],
-    ["cli_measure", "cli_store", "cli_train", "cli_serve"],
+    ["cli_check", "cli_measure", "cli_store", "cli_train", "cli_serve"],
     ["cli"],
 ]
 RANK = {f"kvlink_rag.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
