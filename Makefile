@@ -38,7 +38,7 @@ bench: install
 	$(BIN)/kvlink bench ttft
 
 fuzz: install  ## more than 5,000 requests by schemathesis against the live server, minutes long
-	KVLINK_FUZZ_EXAMPLES=300 $(BIN)/pytest tests/test_server_schema.py
+	KVLINK_FUZZ_EXAMPLES=400 $(BIN)/pytest tests/test_server_schema.py
 
 load: install  ## three times as many clients as places for two minutes
 	$(BIN)/python tests/load_server.py
