@@ -45,8 +45,8 @@ class AnswerMaker:
         """Emit the answer piece by piece, the whole of it last. Raises PromptTooLong."""
         given = request.given if request.find is None else request.find(request.question)
         retrieved = time.perf_counter()
-        module = get_linking(request.linking)
-        num_links = self._links.num_per_chunk if module.USES_STORED_KV else 0
+        linking = get_linking(request.linking)
+        num_links = self._links.num_per_chunk if linking.uses_links else 0
         given_ids = [self._source.token_ids(hit.chunk.text) for hit in given]
         num_kept = self._num_fitting(request, given_ids, num_links)
         prompt = request.prompt.with_chunks(given_ids[:num_kept])
@@ -54,10 +54,10 @@ class AnswerMaker:
         hits = [*request.in_place[:before], *given[:num_kept], *request.in_place[before:]]
 
         loading, prefix_kv, has_prefix = None, None, False
-        if module.USES_STORED_KV:
+        if linking.uses_stored_kv:
             loading = self._source.load(prompt.chunk_ids, reuse=request.reuse)
             prefix_kv, has_prefix = self._source.prefix(prompt.prefix_ids)
-        context = module.link(
+        context = linking.link(
             LinkRequest(self._model, prompt, prefix_kv, loading or (), self._links, request.settings.max_new_tokens)
         )
         linked = time.perf_counter()
@@ -77,6 +77,7 @@ class AnswerMaker:
         is_reused = [loading is not None and loading.is_reused(ids) for ids in prompt.chunk_ids]
         num_reused = sum(len(ids) for ids, reused in zip(prompt.chunk_ids, is_reused, strict=True) if reused)
         num_reused += len(prompt.prefix_ids) if has_prefix else 0
+        num_reused = max(0, num_reused - context.num_taken_back)
         answer = Answer(
             question=request.question,
             text="".join(pieces).strip(),

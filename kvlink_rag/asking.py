@@ -11,7 +11,6 @@ from kvlink_rag.config import GenerationSettings
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.index import VectorIndex
-from kvlink_rag.linking import get_linking
 from kvlink_rag.matching import ChunkMatcher, say_unmatched
 from kvlink_rag.prompt import Message, build_prompt
 from kvlink_rag.types import Chunk, Document, Hit
@@ -45,11 +44,11 @@ class Asking:
         question: str | Sequence[Message],
         options: Mapping[str, Any],
         started: float,
-        default_linking: str,
+        linking: str,
         find: Callable[[str], list[Hit]] | None,
         default_system: str | None,
     ) -> Request:
-        """The question with everything the caller said, checked. Raises BadInput, TypeError."""
+        """The question with everything the caller said, checked; linking by name. Raises BadInput, TypeError."""
         if unknown := sorted(set(options) - AskOptions.__annotations__.keys()):
             raise TypeError(f"unknown options {', '.join(unknown)}; known are {', '.join(AskOptions.__annotations__)}")
         settings = GenerationSettings(
@@ -59,8 +58,6 @@ class Asking:
             stop=tuple(options.get("stop") or ()),
             seed=options.get("seed"),
         )
-        linking = options.get("linking") or default_linking
-        get_linking(linking)
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         given = [as_hit(item) for item in options.get("documents") or ()]
         in_place: list[Hit] = []

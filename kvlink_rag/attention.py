@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -39,16 +43,69 @@ def grouped_sdpa(
     batch, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // key.shape[1]
     causal_without_mask = attention_mask is None and num_queries > 1
-    if groups == 1 or causal_without_mask or module.training:
+    tempering = _now.tempering
+    if causal_without_mask or module.training or (groups == 1 and tempering is None):
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return output, None
     folded = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
     mask = None if attention_mask is None else _folded_mask(attention_mask, groups, key.shape[2])
-    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    if tempering is None:
+        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    else:
+        output = tempering.attend(folded, key, value, mask, head_dim**-0.5 if scaling is None else scaling)
     output = output.reshape(batch, num_heads, num_queries, value.shape[-1])
     return output.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class Tempering:
+    """Another attention on some of the tokens (APE, arXiv 2502.05431).
+
+    is_chunk [tokens] says on which; those generated later are not among them. Scores on them are divided by
+    `temperature`, and the sum of their exponentials is raised to `scale`. 1 and 1 is attention as it is.
+    """
+
+    is_chunk: Tensor
+    temperature: float
+    scale: float
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention of query [batch, heads, queries, head_dim] on key and value [batch, heads, keys, head_dim].
+
+        mask: float, [batch, 1, queries, keys].
+        """
+        scores = (query @ key.transpose(-1, -2)).float() * scaling
+        if mask is not None:
+            scores = scores + mask.float()
+        chosen = self.is_chunk.new_zeros(key.shape[2])
+        chosen[: len(self.is_chunk)] = self.is_chunk
+        tempered = scores[..., chosen] / self.temperature
+        total = tempered.logsumexp(-1, keepdim=True)
+        # where a query sees none of them, as in a layer whose window has passed them, their total stays as it is
+        total = torch.where(total < torch.finfo(mask.dtype if mask is not None else scores.dtype).min / 4, 0.0, total)
+        scores[..., chosen] = tempered + (self.scale - 1) * total
+        return (scores.softmax(-1).to(value.dtype)) @ value
+
+
+class _Now(threading.local):
+    """What attention goes on under in this thread."""
+
+    tempering: Tempering | None = None
+
+
+_now = _Now()
+
+
+@contextmanager
+def tempered(tempering: Tempering | None) -> Iterator[None]:
+    """Let all attention of this thread go on under `tempering`; None: as it is."""
+    before, _now.tempering = _now.tempering, tempering
+    try:
+        yield
+    finally:
+        _now.tempering = before
 
 
 class _LastMask(threading.local):

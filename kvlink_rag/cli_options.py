@@ -29,7 +29,9 @@ Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEF
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Linking = Annotated[str, typer.Option("--linking", help="link_tokens, plain or full.")]
+Linking = Annotated[
+    str, typer.Option("--linking", help="auto, link_tokens, full, plain, recompute_first, ...: docs/linkings.md.")
+]
 MaxGib = Annotated[float, typer.Option("--max-gib", help="Budget of the store in GiB; old KV makes room for new.")]
 Precision = Annotated[str, typer.Option("--precision", help="How KV is stored: model, int8 or int4; int4/32: groups.")]
 Namespace = Annotated[str, typer.Option("--namespace", help="Whose documents; nobody else finds them.")]

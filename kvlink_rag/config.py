@@ -15,6 +15,7 @@ DEFAULT_ENCODING_PREFIX = (
 )
 PUBLIC = "public"  # the namespace that all share who name no other
 UNTRAINED = "untrained"  # in place of a link checkpoint: none, not even the one that is shipped
+AUTO = "auto"  # in place of a linking: link_tokens where trained ones are at hand, else one that needs no training
 DEFAULT_K = 3  # chunks to retrieve; a small model loses its way in more
 GIB = 2**30
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvlink_rag.attention import Tempering
 from kvlink_rag.kv import KVShape, StoredKV
 from kvlink_rag.rope import Rope
 
@@ -56,8 +57,24 @@ class ContextLayer(DynamicLayer):  # type: ignore[misc]
         self.values = self._value_buffer[:, :, : self._length]
         return self.keys, self.values
 
+    @property
+    def capacity(self) -> int:
+        """Tokens the layer holds once the pending ones are there."""
+        return self._length
+
     def get_seq_length(self) -> int:
         return 0 if self._pending is not None else self._length
+
+
+class KeysOnly(DynamicLayer):  # type: ignore[misc]
+    """A layer that ends the forward as soon as it has its keys."""
+
+    class Reached(Exception):
+        """The keys are there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys = key_states
+        raise self.Reached
 
 
 class ContextBuffers:
@@ -101,22 +118,37 @@ class Context:
         self._table = rope.forth(torch.arange(num_tokens, device=self._keys.device))
         self.num_tokens = num_tokens
         self.num_placed = 0
+        self.num_taken_back = 0
         self.pending: Pending | None = None
+        self.tempering: Tempering | None = None
 
-    def place(self, kv: StoredKV, start: int) -> None:
-        """Rotate `kv` to positions start, start + 1, ... straight into the buffer."""
-        stop = start + kv.num_tokens
-        self._table[start:stop].apply(kv.keys.to(self._keys.device), out=self._keys[:, :, start:stop])
+    def place(self, kv: StoredKV, start: int, *, position: int | None = None) -> None:
+        """Rotate `kv` straight into the buffer, to start, start + 1, ...
+
+        position: turned as if it stood from there on, in a linking in which chunks share positions.
+        """
+        stop, turned = start + kv.num_tokens, start if position is None else position
+        table = self._table[turned : turned + kv.num_tokens]
+        table.apply(kv.keys.to(self._keys.device), out=self._keys[:, :, start:stop])
         self._values[:, :, start:stop].copy_(kv.values)
         self.num_placed += kv.num_tokens
 
-    def open_start(self, num_tokens: int) -> Cache:
-        """The buffer as a cache whose first update fills positions 0..num_tokens-1, with keys as the model turns them.
+    def take_back(self, num_tokens: int) -> None:
+        """Count so many placed tokens as still to be computed: what was stored for them is to be overwritten."""
+        self.num_placed -= num_tokens
+        self.num_taken_back += num_tokens
 
-        Whoever fills it counts as having placed them.
-        """
+    def count_placed(self, num_tokens: int) -> None:
+        """Count so many tokens as placed that a forward over `open` has filled."""
         self.num_placed += num_tokens
-        return self._cache(torch.arange(num_tokens, device=self._keys.device), num_tokens)
+
+    def open(self, places: Tensor, length: int) -> Cache:
+        """The buffer as a cache of `length` tokens whose first update fills `places`, keys as the model turns them."""
+        return self._cache(places, length)
+
+    def keys_at(self, layer: int, places: Tensor) -> Tensor:
+        """Keys [kv_heads, places, head_dim] of one layer, turned to their positions."""
+        return self._keys[layer][:, places]
 
     def pend(
         self,
@@ -126,13 +158,16 @@ class Context:
         embeds: Tensor | None = None,
         ids: Tensor | None = None,
         by_reader: bool = True,
+        rope_positions: Tensor | None = None,
     ) -> None:
         """Say what is still to be computed: embeds [1, computed, hidden] or ids [1, computed], at positions [computed].
 
         last_id is the id of the last of them, the one the answer follows. by_reader: with the reader's weights.
+        rope_positions [computed]: turned as if they stood there, in a linking in which chunks share positions.
         """
         assert self.num_placed + positions.numel() == self.num_tokens
-        self.pending = Pending(last_id, positions, embeds, ids, by_reader)
+        turned = positions if rope_positions is None else rope_positions
+        self.pending = Pending(last_id, positions, turned, embeds, ids, by_reader)
 
     def to_cache(self) -> Cache:
         """The buffer as a transformers cache whose first update fills the pending positions."""
@@ -155,7 +190,14 @@ class Context:
         self.num_tokens = self.num_placed + len(ids)
         device = self._keys.device
         positions = torch.arange(self.num_placed, self.num_tokens, device=device)
-        self.pend(ids[-1], positions, ids=torch.tensor([list(ids)], device=device), by_reader=self.pending.by_reader)
+        shift = self.pending.rope_positions[-1] - self.pending.positions[-1]
+        self.pend(
+            ids[-1],
+            positions,
+            ids=torch.tensor([list(ids)], device=device),
+            by_reader=self.pending.by_reader,
+            rope_positions=positions + shift,
+        )
 
     def release(self) -> None:
         """Hand the memory back for the next context; this one must not be used any more."""
@@ -177,6 +219,7 @@ class Pending:
 
     last_id: int
     positions: Tensor
+    rope_positions: Tensor
     embeds: Tensor | None
     ids: Tensor | None
     by_reader: bool

@@ -20,9 +20,11 @@ from kvlink_rag.asking import Asking, AskOptions
 from kvlink_rag.chunking import chunk_text
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
+    AUTO,
     DEFAULT_ENCODING_PREFIX,
     DEFAULT_STORE,
     PUBLIC,
+    UNTRAINED,
     ChunkSettings,
     StoreSettings,
 )
@@ -31,7 +33,7 @@ from kvlink_rag.encoding import CHUNK_TEMPLATE, Encoder
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import Ingestion, Progress
 from kvlink_rag.kv_source import KVSource
-from kvlink_rag.linking import get_linking
+from kvlink_rag.linking import resolve_linking
 from kvlink_rag.links import Checkpoint, LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
@@ -59,7 +61,7 @@ class KVLinkEngine:
         model: LanguageModel,
         store: str | Path = DEFAULT_STORE,
         *,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: LinkTokens | None = None,
         limits: StoreSettings | None = None,
         chunk_template: str = CHUNK_TEMPLATE,
@@ -67,14 +69,14 @@ class KVLinkEngine:
         precision: str = "model",
         namespace: str = PUBLIC,
     ):
-        get_linking(linking)
-        self.model, self.linking = model, linking
+        self.model = model
         self.limits = limits or StoreSettings()
         self.links = links or LinkTokens.untrained(model)
         self.encoder = Encoder(
             model, template=chunk_template, encoding_prefix=encoding_prefix, precision=Precision.parse(precision)
         )
         self.links.check_recipe(self.encoder.recipe)
+        self.linking = self._resolved(linking)
         self.folder = open_folder(store, self.limits.integrity_key)
         self.entries = open_entries(self.folder, self.limits)
         self.memory = MemoryTier(self.limits.max_memory_bytes)
@@ -114,7 +116,7 @@ class KVLinkEngine:
         model: str | Path = DEFAULT_MODEL,
         store: str | Path = DEFAULT_STORE,
         *,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: str | Path | None = None,
         adapter: str | Path | None = None,
         dtype: str = "auto",
@@ -132,8 +134,8 @@ class KVLinkEngine:
         precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`). namespace: see `within`.
         Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
-        get_linking(linking)
-        open_folder(store, (limits or StoreSettings()).integrity_key)  # a wrong folder is said before loading
+        resolve_linking(linking, has_links=False)  # a wrong name or folder is said before seconds of loading
+        open_folder(store, (limits or StoreSettings()).integrity_key)
 
         def build(job: Job) -> Any:
             checkpoint = Checkpoint.find(model, links, adapter)
@@ -325,7 +327,11 @@ class KVLinkEngine:
         default_system: str | None = None,
     ) -> Request:
         """The question with everything the caller said, checked."""
-        return self._asking.request(question, options, started, self.linking, find, default_system)
+        linking = self._resolved(options.get("linking") or self.linking)
+        return self._asking.request(question, options, started, linking, find, default_system)
+
+    def _resolved(self, linking: str) -> str:
+        return resolve_linking(linking, has_links=self.links.name != UNTRAINED)
 
     def _add_chunks(
         self,

@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from kvlink_rag.attention import tempered
 from kvlink_rag.config import GenerationSettings
 from kvlink_rag.context import Context
 from kvlink_rag.model import LanguageModel
@@ -63,11 +64,11 @@ def generate(
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), tempered(context.tempering):
             hf.generate(
                 input_ids=torch.tensor([[pending.last_id]], device=device),
                 attention_mask=torch.ones(1, context.num_tokens, dtype=torch.long, device=device),
-                position_ids=torch.tensor([[context.num_tokens - 1]], device=device),
+                position_ids=pending.rope_positions[-1:][None],
                 generation_config=config,
                 streamer=answer,
                 stopping_criteria=StoppingCriteriaList([_Stopped(answer)]),
@@ -84,14 +85,14 @@ def predict(model: LanguageModel, context: Context, num_last: int) -> torch.Tens
     assert pending is not None
     hf = model.reader if pending.by_reader else model.hf
     inputs = {**_pending_inputs(model, context), "use_cache": True, model.cache_argument: context.to_cache()}
-    with torch.inference_mode():
+    with torch.inference_mode(), tempered(context.tempering):
         return hf(**inputs, logits_to_keep=num_last).logits[0]  # type: ignore[no-any-return]
 
 
 def _pending_inputs(model: LanguageModel, context: Context) -> dict[str, Any]:
     pending = context.pending
     assert pending is not None
-    inputs: dict[str, Any] = {"position_ids": pending.positions[None], "attention_mask": None}
+    inputs: dict[str, Any] = {"position_ids": pending.rope_positions[None], "attention_mask": None}
     if pending.ids is not None:
         inputs["input_ids"] = pending.ids
     else:

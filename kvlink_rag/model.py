@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvlink_rag import attention, probe
-from kvlink_rag.context import ContextBuffers
+from kvlink_rag.context import ContextBuffers, KeysOnly
 from kvlink_rag.default_models import DEFAULT_MODEL, GGUF_DIGEST, cache_folder, default_model_folder
 from kvlink_rag.errors import BadInput, CheckpointMismatch, UnsupportedModel
 from kvlink_rag.kv import KVShape
@@ -178,10 +178,46 @@ class LanguageModel:
         )
 
     @torch.inference_mode()
-    def read(self, ids: Tensor, cache: Cache) -> None:
-        """Run ids [1, tokens] from position 0 on under plain causal attention, for the KV they leave in `cache`."""
+    def read(self, ids: Tensor, cache: Cache, places: Tensor | None = None) -> None:
+        """Run ids [1, tokens] over `cache`, for the KV they leave in it, each seeing all at or before its place.
+
+        places [tokens], in order; None: from position 0 on, into an empty cache.
+        """
+        mask = None
+        if places is None:
+            places = torch.arange(ids.shape[1], device=self.device)
+        else:
+            mask = self.position_mask(places, cache.layers[0].capacity)
+        inputs = {"input_ids": ids, "position_ids": places[None], self.cache_argument: cache}
+        self.hf.base_model(**inputs, attention_mask=mask, use_cache=True)
+
+    @torch.inference_mode()
+    def first_keys(self, ids: Tensor, layer: int) -> Tensor:
+        """Keys [kv_heads, tokens, head_dim] of one layer in a full prefill of ids [1, tokens], which ends there."""
+        wanted = KeysOnly()
+        cache = Cache(layers=[*(DynamicLayer() for _ in range(layer)), wanted])
         positions = torch.arange(ids.shape[1], device=self.device)[None]
-        self.hf.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{self.cache_argument: cache})
+        try:
+            self.hf.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{self.cache_argument: cache})
+        except KeysOnly.Reached:
+            return wanted.keys[0]  # type: ignore[no-any-return]
+        raise AssertionError("the model has fewer layers")
+
+    @torch.inference_mode()
+    def attention_on(self, ids: Tensor, places: Tensor, cache: Cache, num_last: int) -> Tensor:
+        """How much attention the last num_last of ids [1, tokens], at `places`, pay to each token of `cache`.
+
+        Mean over layers and heads, summed over the queries; [tokens of the cache]. The reader reads.
+        """
+        mask = self.position_mask(places, cache.layers[0].capacity)
+        inputs = {"input_ids": ids, "position_ids": places[None], self.cache_argument: cache}
+        chosen = self.reader.config._attn_implementation
+        self.reader.set_attn_implementation("eager")
+        try:
+            output = self.reader.base_model(**inputs, attention_mask=mask, use_cache=True, output_attentions=True)
+        finally:
+            self.reader.set_attn_implementation(chosen)
+        return torch.stack([layer[0, :, -num_last:].float().mean(0).sum(0) for layer in output.attentions]).mean(0)
 
     @torch.inference_mode()
     def logits(self, embeds: Tensor, positions: Tensor, mask: Any, cache: Cache | None = None) -> Tensor:

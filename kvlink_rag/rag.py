@@ -13,6 +13,7 @@ from kvlink_rag.answering import Request
 from kvlink_rag.asking import AskOptions
 from kvlink_rag.compute import Job, compute
 from kvlink_rag.config import (
+    AUTO,
     DEFAULT_ENCODING_PREFIX,
     DEFAULT_K,
     DEFAULT_STORE,
@@ -51,7 +52,7 @@ class KVLinkRAG(KVLinkEngine):
         embedder: Embedder,
         store: str | Path = DEFAULT_STORE,
         *,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: LinkTokens | None = None,
         chunking: ChunkSettings | None = None,
         limits: StoreSettings | None = None,
@@ -81,7 +82,7 @@ class KVLinkRAG(KVLinkEngine):
         store: str | Path = DEFAULT_STORE,
         *,
         embedder: str | Path = DEFAULT_EMBEDDER,
-        linking: str = "link_tokens",
+        linking: str = AUTO,
         links: str | Path | None = None,
         adapter: str | Path | None = None,
         dtype: str = "auto",

@@ -19,7 +19,7 @@ PROMPT = f"Answer from the context.\n\n{LIGHTHOUSE}\n\n{FERRY}\n\nQuestion: when
 
 @pytest.fixture
 def engine(tiny, tmp_path):
-    with KVLinkEngine(tiny, tmp_path / "store") as engine:
+    with KVLinkEngine(tiny, tmp_path / "store", linking="link_tokens") as engine:
         yield engine
 
 

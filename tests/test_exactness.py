@@ -16,7 +16,7 @@ from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.generation import generate
 from kvlink_rag.joining import LinkRequest
-from kvlink_rag.linking import LINKINGS
+from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Part, Prompt, build_prompt
@@ -51,7 +51,7 @@ def linked_context(model: LanguageModel, prompt: Prompt, linking: str, room: int
     kvs = dict(encoder.encode(prompt.chunk_ids))
     prefix_kv = encoder.encode_alone(prompt.prefix_ids)
     ordered = [kvs[index] for index in range(len(prompt.chunk_ids))]
-    return LINKINGS[linking].link(LinkRequest(model, prompt, prefix_kv, ordered, random_links(model, linking), room))
+    return get_linking(linking).link(LinkRequest(model, prompt, prefix_kv, ordered, random_links(model, linking), room))
 
 
 def whole_sequence(model: LanguageModel, prompt: Prompt, linking: str, private: tuple[int, ...] = ()):
@@ -182,7 +182,7 @@ def test_in_its_own_precision_the_default_model_agrees_with_the_masked_forward(s
             smollm, prompt, encoder.encode_alone(prompt.prefix_ids), [kvs[i] for i in range(2)], links, 2
         )
         record = generate(
-            smollm, LINKINGS["link_tokens"].link(request), GenerationSettings(max_new_tokens=1), lambda text: None
+            smollm, get_linking("link_tokens").link(request), GenerationSettings(max_new_tokens=1), lambda text: None
         )
         runs, spans, position = [smollm.embed(prompt.prefix_ids)], [], len(prompt.prefix_ids)
         for index, ids in enumerate(chunks):

@@ -68,7 +68,7 @@ class AnswerRun:
         messages = [{"role": "user", "content": example.question}]
         prompt = build_prompt(self._model.tokenizer, messages, chunk_ids, system=DEFAULT_SYSTEM)
         kvs: list[KV] = []
-        if any(get_linking(linking).USES_STORED_KV for linking in linkings):
+        if any(get_linking(linking).uses_stored_kv for linking in linkings):
             kvs = self._forcing.chunks(prompt)
         with self._path.open("a", encoding="utf-8") as file:
             for linking in linkings:

@@ -32,8 +32,7 @@ class Forcing:
     def context(self, prompt: Prompt, kvs: Sequence[KV], linking: str, room: int) -> Context:
         """The prompt, linked, with room for an answer."""
         request = LinkRequest(self._encoder.model, prompt, self._prefix(prompt), kvs, self._links, room)
-        context: Context = get_linking(linking).link(request)
-        return context
+        return get_linking(linking).link(request)
 
     def logits(
         self, prompt: Prompt, kvs: Sequence[KV], linking: str, answer_ids: Sequence[int], room: int = 0

@@ -24,7 +24,7 @@ from kvlink_rag.errors import BadInput
 from kvlink_rag.generation import generate
 from kvlink_rag.index import IndexedChunk
 from kvlink_rag.joining import LinkRequest
-from kvlink_rag.linking import link_tokens
+from kvlink_rag.linking.link_tokens import LinkTokenLinking
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Message, build_prompt
 from kvlink_rag.rag import KVLinkRAG
@@ -125,7 +125,7 @@ def _floor(rag: KVLinkRAG, messages: list[Message], texts: list[str]) -> float:
     prompt = build_prompt(rag.model.tokenizer, messages, chunk_ids, system=DEFAULT_SYSTEM)
     kvs = [kv for ids in chunk_ids if (kv := rag.kvs.get(ids)) is not None]
     prefix_kv = rag.encoder.encode_alone(prompt.prefix_ids)
-    context = link_tokens.link(LinkRequest(rag.model, prompt, prefix_kv, kvs, rag.links, room=2))
+    context = LinkTokenLinking().link(LinkRequest(rag.model, prompt, prefix_kv, kvs, rag.links, room=2))
     settings = GenerationSettings(max_new_tokens=1)
     generate(rag.model, context, settings, lambda text: None)  # computes links and question into the buffer
     num_question = len(prompt.question_ids)

@@ -6,12 +6,19 @@ isolated chunks could not tell each other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvlink_rag.context import Context
 from kvlink_rag.joining import LinkRequest, join
 
-USES_STORED_KV = True
 
+@dataclass(frozen=True)
+class LinkTokenLinking:
+    """Chunks one behind another, joined by links."""
 
-def link(request: LinkRequest) -> Context:
-    """Place the chunks with their links behind them; links, history and question are computed in one forward."""
-    return join(request, [request.links.for_chunk(index) for index in range(len(request.prompt.chunk_ids))])
+    uses_stored_kv = True
+    uses_links = True
+
+    def link(self, request: LinkRequest) -> Context:
+        """Place the chunks with their links behind them; links, history and question are computed in one forward."""
+        return join(request, [request.links.for_chunk(index) for index in range(len(request.prompt.chunk_ids))])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvlink_rag.context import Context
 from kvlink_rag.joining import LinkRequest, join
 
-USES_STORED_KV = True
 
+@dataclass(frozen=True)
+class Plain:
+    """Chunks one behind another, none knowing of the others."""
 
-def link(request: LinkRequest) -> Context:
-    """Place the chunks one behind another; only history and question are computed."""
-    nothing = request.links.embeddings[0, :0]  # [0, hidden]
-    return join(request, [nothing for _ in request.prompt.chunk_ids])
+    uses_stored_kv = True
+    uses_links = False
+
+    def link(self, request: LinkRequest) -> Context:
+        """Place the chunks; only history and question are computed."""
+        nothing = request.links.embeddings[0, :0]  # [0, hidden]
+        return join(request, [nothing for _ in request.prompt.chunk_ids])

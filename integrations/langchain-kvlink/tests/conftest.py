@@ -39,7 +39,7 @@ def tiny():
 def engine(tiny, tmp_path):
     from kvlink_rag import KVLinkEngine
 
-    with KVLinkEngine(tiny, tmp_path / "store") as engine:
+    with KVLinkEngine(tiny, tmp_path / "store", linking="link_tokens") as engine:
         yield engine
 
 
@@ -48,7 +48,7 @@ def session_engine(tiny, tmp_path_factory):
     """For suites that build their models in class properties."""
     from kvlink_rag import KVLinkEngine
 
-    with KVLinkEngine(tiny, tmp_path_factory.mktemp("session") / "store") as engine:
+    with KVLinkEngine(tiny, tmp_path_factory.mktemp("session") / "store", linking="link_tokens") as engine:
         yield engine
 
 

@@ -40,7 +40,7 @@ def model() -> Any:
 
 @pytest.fixture
 def engine(model: Any, tmp_path: Path) -> Iterator[KVLinkEngine]:
-    with KVLinkEngine(model, store=tmp_path / "storage" / "kvlink") as engine:
+    with KVLinkEngine(model, store=tmp_path / "storage" / "kvlink", linking="link_tokens") as engine:
         yield engine
 
 
