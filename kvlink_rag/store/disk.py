@@ -29,6 +29,7 @@ from kvlink_rag.store.lock import NO_FORK, WAIT_S, writer_lock
 log = logging.getLogger(__name__)
 USES_KEPT_S = 60.0  # how long last uses may be known to this process alone
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_INDEX_FAILED = (sqlite3.Error, Timeout, ValueError)  # ValueError: text that is none, after flipped bits
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -94,14 +95,20 @@ class DiskStore:
             log.warning("the KV index of %s is damaged (%s); it is rebuilt from the entries", self.folder, error)
             return self._rebuild()
         if cache is not None:
-            with contextlib.suppress(CannotStore), self._writing(self._lock_wait_s if is_new else 0.0):
-                reconcile(cache, self.folder, self.ttl_s)  # nobody is in the middle of a write
+            try:
+                with contextlib.suppress(CannotStore), self._writing(self._lock_wait_s if is_new else 0.0):
+                    reconcile(cache, self.folder, self.ttl_s)  # nobody is in the middle of a write
+            except _INDEX_FAILED as error:
+                log.warning("the KV index of %s cannot be used (%s); it is made anew", self.folder, error)
+                cache.close()
+                return self._rebuild(sound=False)
         return cache
 
-    def _rebuild(self) -> Cache | None:
+    def _rebuild(self, *, sound: bool = True) -> Cache | None:
         with self._writing():
             try:
-                cache = open_index(self.folder)  # another process may have been quicker
+                # another process may have been quicker
+                cache = open_index(self.folder) if sound else new_index(self.folder)
             except Damaged:
                 cache = new_index(self.folder)
             if cache is not None:
@@ -131,7 +138,7 @@ class DiskStore:
                 with NO_FORK:
                     entry: memoryview | None = self._cache.get(key)
                 return entry
-            except (sqlite3.Error, Timeout) as error:
+            except _INDEX_FAILED as error:
                 self._say("index", f"the KV index of {self.folder} cannot be read ({error}): files are read without it")
         return self._files.read(key)
 
@@ -144,7 +151,7 @@ class DiskStore:
             with NO_FORK:
                 row = self._cache._sql(query, (key, time.time())).fetchone()
             path: Path | None = None if row is None else self._cache.disk.contained(row[0])
-        except sqlite3.Error:
+        except _INDEX_FAILED:
             return self._files.find(key)
         except CorruptEntry:
             return None
@@ -212,7 +219,7 @@ class DiskStore:
             try:
                 self._make_room(len(entry))
                 self._cache.set(key, entry, expire=self.ttl_s, tag=tag)
-            except (OSError, sqlite3.Error, Timeout) as error:
+            except (OSError, *_INDEX_FAILED) as error:
                 self._tidy(key)
                 if getattr(error, "errno", None) in _NO_ROOM or _is_full(error):
                     raise StoreFull(f"no room left on the disk of {self.folder}: {error}") from error
@@ -275,7 +282,7 @@ class DiskStore:
 
     def close(self) -> None:
         if self._cache is not None:
-            with contextlib.suppress(CannotStore, sqlite3.Error), self._writing(0.0):
+            with contextlib.suppress(CannotStore, *_INDEX_FAILED), self._writing(0.0):
                 self._flush_uses()
             self._cache.close()
 
@@ -339,7 +346,7 @@ class DiskStore:
                 for key in keys:
                     if self._cache._sql("DELETE FROM Cache WHERE key = ?", (key,)).rowcount:
                         removed.add(key)
-        except (sqlite3.Error, Timeout) as error:
+        except _INDEX_FAILED as error:
             self._roll_back()
             log.warning("the KV index of %s cannot be written (%s); the entries' files are deleted", self.folder, error)
         return len(removed)
