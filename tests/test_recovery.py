@@ -124,7 +124,7 @@ def test_an_index_full_of_flipped_bits_loses_and_changes_nothing(open_rag):
     rag.close()
     database = rag.entries.folder / "cache.db"
     sound, rng = database.read_bytes(), random.Random(0)
-    for _ in range(40):
+    for _ in range(20):
         data = bytearray(sound)
         for _ in range(rng.choice((1, 1, 5, 50))):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def open_index(folder: Path) -> Cache | None:
     """The rows of a folder; None where the disk has no room to open them. Raises Damaged, NotAStore."""
     try:
         _check(folder / DATABASE)
-        cache = Cache(str(folder), disk=KVDisk, **SETTINGS)
+        cache = _patiently(lambda: Cache(str(folder), disk=KVDisk, **SETTINGS))
         cache._sql(f"DELETE FROM Cache WHERE NOT ({IS_OURS})")
         return cache
     except sqlite3.DatabaseError as error:
@@ -63,6 +65,18 @@ def open_index(folder: Path) -> Cache | None:
         raise NotAStore(f"the KV index of {folder} cannot be opened: {error}") from error
     except (ValueError, TypeError, AttributeError) as error:  # names or numbers in it are none: flipped bits
         raise Damaged(str(error)) from error
+
+
+def _patiently(opening: Callable[[], Cache]) -> Cache:
+    """Open once nobody holds the index: diskcache's own patience leaves some statements out."""
+    ends = time.monotonic() + BUSY_S
+    while True:
+        try:
+            return opening()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= ends:
+                raise
+            time.sleep(0.01)
 
 
 def _check(database: Path) -> None:
