@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from kvlink_rag.cli_check import check
 from kvlink_rag.cli_measure import bench_app, evaluate
 from kvlink_rag.cli_options import (
     DEFAULT_EMBEDDER_NAME,
@@ -44,6 +45,7 @@ app.add_typer(bench_app, name="bench")
 bench_app.command("store")(bench_store)
 app.command("eval")(evaluate)
 app.command("train")(train)
+app.command("check")(check)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from kvlink_rag.cli_options import (
     Json,
     Links,
     Model,
+    Precision,
     loaded_model,
 )
 from kvlink_rag.console import progress_bar, say
@@ -85,6 +86,7 @@ def evaluate(
     model: Model = DEFAULT_MODEL_NAME,
     links: Links = None,
     adapter: Adapter = None,
+    precision: Precision = "model",
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -107,7 +109,14 @@ def evaluate(
     link_tokens = checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
     label = checkpoint.folder.name if checkpoint else "untrained"
     with tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder, progress_bar() as progress:
-        run = AnswerRun(language_model, link_tokens, out or Path(folder), label=label, max_new_tokens=max_new_tokens)
+        run = AnswerRun(
+            language_model,
+            link_tokens,
+            out or Path(folder),
+            label=label,
+            max_new_tokens=max_new_tokens,
+            precision=precision,
+        )
         compute.run(lambda job: run.run(files, linkings, progress))
     rows = summary(run.rows)
     print(json.dumps(rows) if as_json else table(rows))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -45,6 +46,7 @@ from kvlink_rag.store.memory import MemoryTier
 from kvlink_rag.store.namespaces import namespace_folder, namespace_id
 from kvlink_rag.types import AddReport, Answer, Hit, Piece
 
+log = logging.getLogger(__name__)
 TYPICAL_TOKENS = 200  # of a chunk
 T = TypeVar("T")
 
@@ -81,6 +83,8 @@ class KVLinkEngine:
         self.entries = open_entries(self.folder, self.limits)
         self.memory = MemoryTier(self.limits.max_memory_bytes)
         self._enter(namespace)
+        if failure := maintenance.failed_check(self.index, self.fingerprint, self.linking):
+            log.warning("the last kvlink check of this store failed: %s", failure)
 
     def _enter(self, namespace: str) -> None:
         """Answer from this namespace's documents and KV alone."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.store.disk import DiskStore
+
+CHECK = "check"  # in an index's meta data
 
 
 class Deletes(Protocol):
@@ -57,3 +60,18 @@ def stats(index: VectorIndex, entries: DiskStore, namespace: str = "") -> dict[s
         "max_bytes": entries.max_bytes,
         "free_bytes": entries.free_bytes(),
     }
+
+
+def remember_check(index: VectorIndex, fingerprint: str, linking: str, failure: str | None) -> None:
+    """Keep the verdict of the last `kvlink check`; failure: what it advises if it did not pass."""
+    verdict = {"fingerprint": fingerprint, "linking": linking, "failure": failure}
+    index.set_meta(CHECK, json.dumps(verdict))
+
+
+def failed_check(index: VectorIndex, fingerprint: str, linking: str) -> str | None:
+    """What the last check of this recipe and linking advises, if it did not pass."""
+    verdict = json.loads(index.get_meta(CHECK) or "{}")
+    if verdict.get("fingerprint") != fingerprint or verdict.get("linking") != linking:
+        return None
+    failure: str | None = verdict["failure"]
+    return failure

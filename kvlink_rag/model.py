@@ -220,9 +220,11 @@ class LanguageModel:
         return torch.stack([layer[0, :, -num_last:].float().mean(0).sum(0) for layer in output.attentions]).mean(0)
 
     @torch.inference_mode()
-    def logits(self, embeds: Tensor, positions: Tensor, mask: Any, cache: Cache | None = None) -> Tensor:
+    def logits(
+        self, embeds: Tensor, positions: Tensor, mask: Any, cache: Cache | None = None, *, by_reader: bool = True
+    ) -> Tensor:
         """The reader's logits [tokens, vocabulary] over embeds [1, tokens, hidden] at positions [tokens]."""
-        output = self.reader(
+        output = (self.reader if by_reader else self.hf)(
             inputs_embeds=embeds,
             position_ids=positions[None],
             attention_mask=mask,

@@ -54,10 +54,10 @@ LAYERS = [
     ["engine", "training.train"],
     ["rag", "evaluation.forced", "evaluation.store_speed"],
     ["evaluation.answers", "evaluation.agreement", "evaluation.ttft", "training.study"],
-    ["evaluation.decode"],
+    ["evaluation.decode", "evaluation.check"],
     ["console"],
     ["cli_options"],
-    ["cli_measure", "cli_store", "cli_train"],
+    ["cli_check", "cli_measure", "cli_store", "cli_train"],
     ["cli"],
 ]
 RANK = {f"kvlink_rag.{name}": rank for rank, names in enumerate(LAYERS) for name in names}

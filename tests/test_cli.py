@@ -219,3 +219,19 @@ def test_help_is_there_for_every_command(kvlink):
     for command in ([], ["add"], ["ask"], ["chat"], ["eval"], ["train"], ["store"], ["bench"], ["store", "prune"]):
         code, out, _ = kvlink(*command, "--help")
         assert code == 0 and "Usage: kvlink" in out
+
+
+def test_check_fails_with_its_own_exit_code(kvlink):
+    """Chunks that were never moved do not pass; the figures are printed all the same."""
+    code, out, err = kvlink("check", "--linking", "fixed_positions", "--questions", 2, "--repeats", 1, "--json")
+    found = json.loads(out)
+    assert code == 3 and not found["safe"] and "fixed_positions differs too much" in err
+    assert {row["linking"] for row in found["linkings"]} == {"fixed_positions", "plain", "recompute_first"}
+    assert found["exactness"]["top1"] == 1.0 and len(found["full_ttft_s"]) == len(found["lengths"]) == 3
+
+
+def test_check_says_what_it_cannot_check(kvlink, tmp_path):
+    code, _, err = kvlink("check", "--data", tmp_path / "none.jsonl")
+    assert code == 1 and "none.jsonl" in err
+    code, _, err = kvlink("check", "--linking", "magic")
+    assert code == 1 and "magic" in err

@@ -138,7 +138,9 @@ def test_only_hex_digests_are_keys(tmp_path, key):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("value", ["text", 1, 1.5, None, {"a": 1}, bytearray(b"x"), memoryview(b"x")], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["text", 1, 1.5, None, {"a": 1}, bytearray(b"x"), memoryview(b"x")], ids=lambda value: type(value).__name__
+)
 def test_only_bytes_are_values(tmp_path, value):
     """There is no way to have anything pickled."""
     with pytest.raises(TypeError, match="only entry bytes"):

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from kvlink_rag.chunking import chunk_text
-from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
+from kvlink_rag.config import GenerationSettings
 from kvlink_rag.encoding import Encoder
-from kvlink_rag.evaluation.forced import Forcing
+from kvlink_rag.evaluation.forced import Forcing, prompt_of
 from kvlink_rag.evaluation.scores import interval, score
 from kvlink_rag.generation import generate
-from kvlink_rag.kv import KV
+from kvlink_rag.kv import StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.prompt import Prompt, build_prompt, stop_ids
+from kvlink_rag.packing import Precision
+from kvlink_rag.prompt import Prompt, stop_ids
 from kvlink_rag.questions import Example
 
 METRICS = ("accuracy", "exact_match", "f1", "nll")
@@ -38,9 +38,18 @@ class AnswerRun:
     A run that was cut off goes on where it stopped; runs of other models may write to the same folder.
     """
 
-    def __init__(self, model: LanguageModel, links: LinkTokens, folder: Path, *, label: str, max_new_tokens: int):
-        self._model, self._label = model, label
-        self._encoder = Encoder(model)
+    def __init__(
+        self,
+        model: LanguageModel,
+        links: LinkTokens,
+        folder: Path,
+        *,
+        label: str,
+        max_new_tokens: int,
+        precision: str = "model",
+    ):
+        self._model, self._label = model, label if precision == "model" else f"{label}, {precision}"
+        self._encoder = Encoder(model, precision=Precision.parse(precision))
         self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
         self._forcing = Forcing(self._encoder, links)
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +73,8 @@ class AnswerRun:
             progress("examples", place, len(order))
 
     def _answer(self, name: str, number: int, example: Example, linkings: Sequence[str]) -> None:
-        chunk_ids = [self._encoder.token_ids(chunk_text(item.text, item.title)) for item in example.documents]
-        messages = [{"role": "user", "content": example.question}]
-        prompt = build_prompt(self._model.tokenizer, messages, chunk_ids, system=DEFAULT_SYSTEM)
-        kvs: list[KV] = []
+        prompt = prompt_of(self._encoder, example)
+        kvs: list[StoredKV] = []
         if any(get_linking(linking).uses_stored_kv for linking in linkings):
             kvs = self._forcing.chunks(prompt)
         with self._path.open("a", encoding="utf-8") as file:
@@ -78,7 +85,7 @@ class AnswerRun:
                 self.rows.append(row)
                 file.write(json.dumps(row) + "\n")
 
-    def _one(self, prompt: Prompt, answer: str, linking: str, kvs: Sequence[KV]) -> tuple[str, float]:
+    def _one(self, prompt: Prompt, answer: str, linking: str, kvs: Sequence[StoredKV]) -> tuple[str, float]:
         """The greedy answer, and the NLL of the accepted one."""
         model, tokenizer = self._model, self._model.tokenizer
         gold = (*tokenizer.plain_ids(answer), *stop_ids(tokenizer))

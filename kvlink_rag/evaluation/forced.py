@@ -7,14 +7,17 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from kvlink_rag.chunking import chunk_text
+from kvlink_rag.config import DEFAULT_SYSTEM
 from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.generation import predict
 from kvlink_rag.joining import LinkRequest
-from kvlink_rag.kv import KV
+from kvlink_rag.kv import StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
-from kvlink_rag.prompt import Part, Prompt
+from kvlink_rag.prompt import Part, Prompt, build_prompt
+from kvlink_rag.questions import Example
 
 
 class Forcing:
@@ -22,20 +25,21 @@ class Forcing:
 
     def __init__(self, encoder: Encoder, links: LinkTokens):
         self._encoder, self._links = encoder, links
-        self._prefixes: dict[tuple[int, ...], KV] = {}
+        self._prefixes: dict[tuple[int, ...], StoredKV] = {}
 
-    def chunks(self, prompt: Prompt) -> list[KV]:
+    def chunks(self, prompt: Prompt) -> list[StoredKV]:
         """KV of the prompt's chunks, in order, up to rounding as a store would give it."""
-        kvs = dict(self._encoder.encode(prompt.chunk_ids, canonical=False))
+        precision = self._encoder.precision
+        kvs = {place: precision.at_rest(kv) for place, kv in self._encoder.encode(prompt.chunk_ids, canonical=False)}
         return [kvs[place] for place in range(len(kvs))]
 
-    def context(self, prompt: Prompt, kvs: Sequence[KV], linking: str, room: int) -> Context:
+    def context(self, prompt: Prompt, kvs: Sequence[StoredKV], linking: str, room: int) -> Context:
         """The prompt, linked, with room for an answer."""
         request = LinkRequest(self._encoder.model, prompt, self._prefix(prompt), kvs, self._links, room)
         return get_linking(linking).link(request)
 
     def logits(
-        self, prompt: Prompt, kvs: Sequence[KV], linking: str, answer_ids: Sequence[int], room: int = 0
+        self, prompt: Prompt, kvs: Sequence[StoredKV], linking: str, answer_ids: Sequence[int], room: int = 0
     ) -> tuple[Context, Tensor]:
         """Logits [answer tokens, vocabulary] that predict the answer's tokens, and the context with the answer in it.
 
@@ -45,8 +49,15 @@ class Forcing:
         context = self.context(replace(prompt, parts=parts), kvs, linking, room)
         return context, predict(self._encoder.model, context, len(answer_ids))
 
-    def _prefix(self, prompt: Prompt) -> KV:
+    def _prefix(self, prompt: Prompt) -> StoredKV:
         ids = prompt.prefix_ids
         if ids not in self._prefixes:
             self._prefixes[ids] = self._encoder.encode_alone(ids)
         return self._prefixes[ids]
+
+
+def prompt_of(encoder: Encoder, example: Example) -> Prompt:
+    """The example as it is asked: its documents as chunks under the default system message."""
+    chunk_ids = [encoder.token_ids(chunk_text(item.text, item.title)) for item in example.documents]
+    messages = [{"role": "user", "content": example.question}]
+    return build_prompt(encoder.model.tokenizer, messages, chunk_ids, system=DEFAULT_SYSTEM)

@@ -11,7 +11,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,23 @@ def _measure(rag: KVLinkRAG, length: int, repeats: int, report: Callable[[int], 
     }
 
 
+def median_ttfts(
+    rag: KVLinkRAG, linkings: Sequence[str], length: int, repeats: int, report: Callable[[int], None]
+) -> dict[str, float]:
+    """Median seconds to the first token over a context of `length` tokens, by linking; runs are interleaved."""
+    question, texts = make_texts(rag, length)
+    compute.run(lambda job: fill(rag, texts))
+    times: dict[str, list[float]] = {linking: [] for linking in linkings}
+    for run in range(repeats + 1):  # the first run warms up
+        for linking, seconds in times.items():
+            answer = rag.ask(question, k=NUM_CHUNKS, linking=linking, max_new_tokens=1)
+            assert len(answer.sources) == NUM_CHUNKS
+            if run:
+                seconds.append(answer.timings.ttft_s)
+        report(run + 1)
+    return {linking: round(statistics.median(seconds), 4) for linking, seconds in times.items()}
+
+
 def make_texts(rag: KVLinkRAG, length: int) -> tuple[str, list[str]]:
     """A question of 40 tokens, and 10 equal chunks that with prefix, links and question make `length` tokens."""
     question = _text(rag, random.Random(length), QUESTION_TOKENS)
@@ -145,10 +162,11 @@ def _floor(rag: KVLinkRAG, messages: list[Message], texts: list[str]) -> float:
 def _text(rag: KVLinkRAG, rng: random.Random, num_tokens: int) -> str:
     """Words that make exactly so many tokens."""
     count = rag.model.tokenizer.count
-    words = [word for word in WORDS if count(f" {word}") == 1]
-    text = " ".join(rng.choice(words) for _ in range(num_tokens))
+    words = [f" {word}" for word in WORDS if count(f" {word}") == 1]
+    words = words or list("abcdefgh")  # a tokenizer that knows no words has letters
+    text = "".join(rng.choice(words) for _ in range(num_tokens)).strip()
     while count(text) > num_tokens:
-        text = text.rpartition(" ")[0]
+        text = text[:-1]
     while count(text) < num_tokens:
-        text += f" {rng.choice(words)}"
+        text += rng.choice(words)
     return text

@@ -1,0 +1,129 @@
+"""`kvlink check`: whether reuse is as good as a full prefill for a model, before anybody relies on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvlink_rag.cli_options import (
+    DEFAULT_EMBEDDER_NAME,
+    DEFAULT_MODEL_NAME,
+    Adapter,
+    Device,
+    Dtype,
+    Embedder,
+    Json,
+    Links,
+    Model,
+    loaded,
+    loaded_model,
+)
+from kvlink_rag.config import AUTO
+from kvlink_rag.console import notes, progress_bar
+from kvlink_rag.errors import BadInput
+
+if TYPE_CHECKING:
+    from kvlink_rag.evaluation.check import Verdict
+
+BESIDE = ("plain", "recompute_first")  # checked too, for a recommendation
+UNSAFE = 3
+
+
+def check(
+    data: Annotated[Path | None, typer.Option("--data", help="Question file; default: 24 that come along.")] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="Ask about this store's documents instead.")] = None,
+    linking: Annotated[str, typer.Option("--linking", help="The linking in question: docs/linkings.md.")] = AUTO,
+    questions: Annotated[int, typer.Option("--questions", help="At most so many.", min=1)] = 24,
+    repeats: Annotated[int, typer.Option(help="Interleaved timed runs per length.", min=1)] = 3,
+    model: Model = DEFAULT_MODEL_NAME,
+    embedder: Embedder = DEFAULT_EMBEDDER_NAME,
+    links: Links = None,
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Is answering from stored KV safe and fast for this model here? Exit code 0: yes, 3: it differs too much."""
+    from kvlink_rag.linking import resolve_linking
+    from kvlink_rag.questions import read_examples
+
+    resolve_linking(linking, has_links=False)
+    if data is not None and store is not None:
+        raise BadInput("give --data or --store, not both: the questions are the file's, or made from the store")
+    given = read_examples(data, questions) if data is not None else None
+    from kvlink_rag.evaluation.check import check as run_check
+    from kvlink_rag.evaluation.check import own_questions
+    from kvlink_rag.links import LinkTokens
+
+    if store is None:
+        language_model, checkpoint = loaded_model(model, dtype, device, links=links, adapter=adapter)
+        link_tokens = checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
+        names = [resolve_linking(linking, has_links=checkpoint is not None), *BESIDE]
+        examples = (given if given is not None else own_questions())[:questions]
+        with progress_bar() as progress:
+            verdict = run_check(language_model, link_tokens, examples, names, repeats=repeats, progress=progress)
+    else:
+        from kvlink_rag.maintenance import remember_check
+        from kvlink_rag.training.study import study
+
+        with (
+            loaded(
+                store,
+                model,
+                embedder,
+                must_exist=True,
+                links=links,
+                adapter=adapter,
+                dtype=dtype,
+                device=device,
+                linking=linking,
+            ) as rag,
+            progress_bar() as progress,
+        ):
+            examples = study(rag, questions, progress=progress)
+            verdict = run_check(
+                rag.model,
+                rag.links,
+                examples,
+                [rag.linking, *BESIDE],
+                encoder=rag.encoder,
+                repeats=repeats,
+                progress=progress,
+            )
+            remember_check(rag.index, rag.fingerprint, rag.linking, None if verdict.is_safe else verdict.advice)
+    if as_json:
+        print(json.dumps(verdict.to_json()))
+    else:
+        print(report(verdict))
+    if not verdict.is_safe:
+        notes.print(verdict.advice, style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(UNSAFE)
+
+
+def report(verdict: Verdict) -> str:
+    """What a check found, for a person."""
+    exact = verdict.exactness
+    lengths = [f"{length:,}" for length in verdict.lengths]
+    lines = [
+        f"{verdict.model}: {verdict.questions} questions, {verdict.kv_bytes_per_token / 1024:.1f} KiB of KV a token",
+        f"arithmetic: {exact.top1:.0%} of predictions as in one masked forward, logits differ by at most "
+        f"{exact.max_difference:.1e}",
+        "",
+        f"{'linking':<22}{'agrees':>8}{'NLL':>8}  {'verdict':<9}"
+        + "".join(f"{f'TTFT {length}':>12}" for length in lengths)
+        + f"{'pays from':>12}",
+        f"{'full':<22}{'100 %':>8}{'0':>8}  {'':<9}" + "".join(f"{s:>10.2f} s" for s in verdict.full_ttft_s),
+    ]
+    for found in verdict.linkings:
+        gap = "" if found.nll_gap is None else f"{found.nll_gap:+.2f}"
+        pays = "not here" if found.break_even_tokens is None else f"{found.break_even_tokens:,} tok"
+        lines.append(
+            f"{found.linking:<22}{found.agreement * 100:>6.0f} %{gap:>8}  {'safe' if found.is_safe else 'differs':<9}"
+            + "".join(f"{s:>10.2f} s" for s in found.ttft_s)
+            + f"{pays:>12}"
+        )
+    lines += ["", "agrees: on an answer's first tokens with a full prefill; NLL: of the accepted answer, beside it"]
+    return "\n".join([*lines, verdict.advice] if verdict.is_safe else lines)

@@ -1,0 +1,132 @@
+"""A check passes what is as good as a full prefill, fails what is not, and a store remembers it."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from test_exactness import model_of, random_links
+
+from kvlink_rag import KVLinkEngine, KVLinkRAG
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.errors import BadInput
+from kvlink_rag.evaluation import check as checking
+from kvlink_rag.evaluation.agreement import compare
+from kvlink_rag.evaluation.check import Exactness, LinkingCheck, Verdict, break_even, exactness, own_questions
+from kvlink_rag.evaluation.ttft import median_ttfts
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.maintenance import failed_check, remember_check
+
+
+def silent(stage, done, total):
+    pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-window", "cohere2-nope"])
+def test_stored_kv_is_held_against_a_masked_forward(family):
+    model = model_of(family)
+    found = exactness(Encoder(model), random_links(model, "link_tokens"), own_questions()[0])
+    assert found.max_difference < 1e-3 and found.is_exact
+
+
+def test_keys_at_wrong_positions_are_not_exact(monkeypatch):
+    from kvlink_rag.context import Context
+
+    place = Context.place
+    monkeypatch.setattr(
+        Context,
+        "place",
+        lambda context, kv, start, position=None: place(context, kv, start, position=max(0, start - 40)),
+    )
+    model = model_of("llama")
+    found = exactness(Encoder(model), LinkTokens.untrained(model), own_questions()[0])
+    assert found.max_difference > 0.1 and not found.is_exact
+
+
+def test_a_full_prefill_agrees_with_itself_and_holds_answers_as_likely(tiny):
+    found = compare(Encoder(tiny), LinkTokens.untrained(tiny), own_questions()[:2], ["full", "plain"], silent)
+    assert found["full"].same == found["full"].tokens and max(map(abs, found["full"].gap)) < 1e-4
+    assert len(found["plain"].gap) == 2 and max(map(abs, found["plain"].gap)) > 1e-3
+
+
+def test_every_question_that_comes_along_has_its_answer_in_the_documents():
+    examples = own_questions()
+    assert len(examples) == 24
+    for example in examples:
+        (gold,) = example.gold
+        assert len(example.documents) == 5 and example.answers[0].lower() in example.documents[gold].text.lower()
+
+
+def test_the_clock_runs_each_linking_over_one_context(tiny, embedder, tmp_path):
+    runs = []
+    with KVLinkRAG(tiny, embedder, tmp_path) as rag:
+        found = median_ttfts(rag, ["full", "plain"], 900, 2, runs.append)
+    assert set(found) == {"full", "plain"} and min(found.values()) > 0 and runs == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("full", "linked", "expected"),
+    [
+        ((1.0, 2.0, 4.0), (0.5, 0.5, 0.5), 50),  # saves 0.5 at 100 and 1.5 at 200
+        ((1.0, 2.0, 4.0), (1.5, 1.5, 1.5), 150),
+        ((1.0, 2.0, 4.0), (3.0, 3.0, 3.0), 300),
+        ((1.0, 2.0, 4.0), (5.0, 5.0, 5.0), None),
+    ],
+)
+def test_it_pays_from_where_the_lines_cross(full, linked, expected):
+    lengths = (100, 200, 400)
+    assert break_even(lengths, full, linked) == expected
+
+
+def verdict(**agreements):
+    linkings = tuple(
+        LinkingCheck(name, agreement, 0.1, gap, None, (0.1, seconds), 50)
+        for name, (agreement, gap, seconds) in agreements.items()
+    )
+    return Verdict("m", "f" * 64, 2, Exactness(1e-5, 1.0), (500, 1000), (1.0, 2.0), linkings, 100)
+
+
+def test_the_fastest_safe_linking_is_recommended():
+    safe = verdict(link_tokens=(0.95, 0.05, 0.3), plain=(0.9, 0.1, 0.2), recompute_first=(0.2, 0.1, 0.1))
+    assert safe.is_safe and safe.recommended == "plain" and "faster" in safe.advice
+    assert verdict(link_tokens=(0.95, 0.05, 0.3)).advice == "link_tokens is safe to use for this model here"
+    unsafe = verdict(link_tokens=(0.2, 0.05, 0.3), recompute_first=(0.95, 0.1, 0.5))
+    assert not unsafe.is_safe and "recompute_first" in unsafe.advice
+    assert verdict(link_tokens=(0.95, 9.0, 0.3)).recommended == "full"
+    assert json.loads(json.dumps(safe.to_json()))["recommended"] == "plain"
+
+
+def test_a_check_of_a_tiny_random_model_fails(tiny):
+    """Its chunks depend on each other at random, and nothing has learnt to do without."""
+    found = checking.check(tiny, LinkTokens.untrained(tiny), own_questions()[:2], ["fixed_positions"], repeats=1)
+    assert found.exactness.is_exact and found.lengths and not found.is_safe
+    assert found.linkings[0].linking == "fixed_positions" and len(found.full_ttft_s) == len(found.lengths)
+    with pytest.raises(BadInput, match="no question"):
+        checking.check(tiny, LinkTokens.untrained(tiny), [], ["plain"])
+
+
+def test_a_store_remembers_what_its_last_check_said(tiny, tmp_path, caplog):
+    with KVLinkEngine(tiny, tmp_path, linking="plain") as engine:
+        remember_check(engine.index, engine.fingerprint, "plain", "plain differs too much")
+        assert failed_check(engine.index, engine.fingerprint, "plain") == "plain differs too much"
+        assert failed_check(engine.index, engine.fingerprint, "link_tokens") is None
+        assert failed_check(engine.index, "another recipe", "plain") is None
+    with caplog.at_level(logging.WARNING):
+        KVLinkEngine(tiny, tmp_path, linking="plain").close()
+    assert [record.message for record in caplog.records] == [
+        "the last kvlink check of this store failed: plain differs too much"
+    ]
+    caplog.clear()
+    with KVLinkEngine(tiny, tmp_path, linking="full") as engine:
+        remember_check(engine.index, engine.fingerprint, "plain", None)
+    KVLinkEngine(tiny, tmp_path, linking="plain").close()
+    assert not caplog.records
+
+
+def test_random_links_look_like_trained_ones_and_mean_nothing(tiny):
+    links = random_links(tiny, "link_tokens")
+    noise = checking.random_links(links)
+    torch.testing.assert_close(noise.embeddings.norm(dim=-1), links.embeddings.norm(dim=-1))
+    assert not torch.allclose(noise.embeddings, links.embeddings)
