@@ -1,9 +1,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+STRESS_SECONDS ?= 600
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
-.PHONY: install demo test fix check bench docs
+.PHONY: install demo test fix check bench docs sabotage stress
 
 install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
 
@@ -35,6 +36,16 @@ check: install
 
 bench: install
 	$(BIN)/kvlink bench ttft
+	$(BIN)/kvlink bench store
+
+sabotage: install  ## break the store on purpose, one promise at a time: each time a test must turn red
+	$(BIN)/python tests/sabotage.py
+
+stress: install  ## 1,000 killed writers, 10 minutes of stopped and killed processes, 100,000 changed entries
+	folder=$$(mktemp -d) && \
+	$(BIN)/python tests/store_kill_loop.py $$folder/kill 1000 1 && \
+	$(BIN)/python tests/store_stress.py $$folder/stress $(STRESS_SECONDS) 8 4 1 && \
+	$(BIN)/python tests/store_fuzz.py 100000 1; status=$$?; rm -r $$folder; exit $$status
 
 docs: install  ## the docs' code blocks and the README's run in the tests
 	$(BIN)/pytest tests/test_docs.py

@@ -61,7 +61,7 @@ LAYERS = [
     ["answering", "training.trainer"],
     ["asking"],
     ["engine", "training.train"],
-    ["rag", "evaluation.forced"],
+    ["rag", "evaluation.forced", "evaluation.store_speed"],
     ["evaluation.answers", "evaluation.agreement", "evaluation.ttft", "training.study"],
     ["evaluation.decode", "evaluation.check", "evaluation.report"],
     ["console"],
