@@ -1,6 +1,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+JOBS ?= 2
 STRESS_SECONDS ?= 600
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
@@ -19,9 +20,10 @@ $(VENV)/.installed: pyproject.toml Makefile $(INTEGRATIONS:%=%/pyproject.toml)
 demo: install  ## add the sample corpus, ask three questions
 	$(BIN)/python examples/demo.py
 
-test: install
-	$(BIN)/pytest
-	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest) || exit 1; done
+test: export OMP_NUM_THREADS = 1
+test: install  ## JOBS processes, a file of tests at a time, each on one thread
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
+	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest -n $(JOBS) --dist loadfile) || exit 1; done
 
 fix: install
 	$(BIN)/ruff format .
