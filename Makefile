@@ -1,9 +1,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+JOBS ?= 2
+STRESS_SECONDS ?= 600
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
-.PHONY: install demo test fix check bench docs fuzz load
+.PHONY: install demo test fix check bench docs sabotage stress fuzz load
 
 install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
 
@@ -18,9 +20,10 @@ $(VENV)/.installed: pyproject.toml Makefile $(INTEGRATIONS:%=%/pyproject.toml)
 demo: install  ## add the sample corpus, ask three questions
 	$(BIN)/python examples/demo.py
 
-test: install
-	$(BIN)/pytest
-	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest) || exit 1; done
+test: export OMP_NUM_THREADS = 1
+test: install  ## JOBS processes, a file of tests at a time, each on one thread
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
+	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest -n $(JOBS) --dist loadfile) || exit 1; done
 
 fix: install
 	$(BIN)/ruff format .
@@ -36,6 +39,16 @@ check: install
 
 bench: install
 	$(BIN)/kvlink bench ttft
+	$(BIN)/kvlink bench store
+
+sabotage: install  ## break the store on purpose, one promise at a time: each time a test must turn red
+	$(BIN)/python tests/sabotage.py
+
+stress: install  ## 1,000 killed writers, 10 minutes of stopped and killed processes, 100,000 changed entries
+	folder=$$(mktemp -d) && \
+	$(BIN)/python tests/store_kill_loop.py $$folder/kill 1000 1 && \
+	$(BIN)/python tests/store_stress.py $$folder/stress $(STRESS_SECONDS) 8 4 1 && \
+	$(BIN)/python tests/store_fuzz.py 100000 1; status=$$?; rm -r $$folder; exit $$status
 
 fuzz: install  ## more than 5,000 requests by schemathesis against the live server, minutes long
 	KVLINK_FUZZ_EXAMPLES=400 $(BIN)/pytest tests/test_server_schema.py

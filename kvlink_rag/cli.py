@@ -31,7 +31,7 @@ from kvlink_rag.cli_options import (
     loaded,
 )
 from kvlink_rag.cli_serve import serve
-from kvlink_rag.cli_store import store_app
+from kvlink_rag.cli_store import bench_store, store_app
 from kvlink_rag.cli_train import train
 from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, PUBLIC
 from kvlink_rag.console import notes, progress_bar, read_line, say_plan, say_sources, show
@@ -43,10 +43,11 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
+bench_app.command("store")(bench_store)
 app.command("eval")(evaluate)
 app.command("train")(train)
-app.command("serve")(serve)
 app.command("check")(check)
+app.command("serve")(serve)
 
 
 @app.command()

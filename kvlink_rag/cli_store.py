@@ -10,7 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from kvlink_rag.cli_options import Json, MaxGib, Namespace, Store, integrity_key, must_be_store
+from kvlink_rag.cli_options import (
+    DEFAULT_MODEL_NAME,
+    Device,
+    Dtype,
+    Json,
+    MaxGib,
+    Model,
+    Namespace,
+    Precision,
+    Store,
+    integrity_key,
+    loaded_model,
+    must_be_store,
+)
 from kvlink_rag.config import DEFAULT_STORE, GIB, PUBLIC
 from kvlink_rag.console import say
 from kvlink_rag.errors import BadInput, KVLinkError
@@ -114,3 +127,21 @@ def _maintained(store: Path, namespace: str, max_gib: float = 20.0) -> Iterator[
     finally:
         index.close()
         entries.close()
+
+
+def bench_store(
+    repeats: Annotated[int, typer.Option(help="Runs; medians are shown.", min=1)] = 7,
+    precision: Precision = "model",
+    model: Model = DEFAULT_MODEL_NAME,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What the store costs: verification, loading into a context, opening 10,000 entries."""
+    from kvlink_rag.compute import compute
+    from kvlink_rag.evaluation.store_speed import run_store
+    from kvlink_rag.packing import Precision as Packing
+
+    packing = Packing.parse(precision)
+    language_model, _ = loaded_model(model, dtype, device)
+    say(compute.run(lambda job: run_store(language_model, packing, repeats)), as_json)

@@ -29,7 +29,7 @@ from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.types import AddReport, Chunk, Document
 
 GROUP_CHUNKS = 64  # documents are finished in groups of about so many chunks
-ENTRY_OVERHEAD_BYTES = 1024
+ENTRY_OVERHEAD_BYTES = 2048  # header, digest and padding, at most
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 

@@ -248,3 +248,15 @@ def test_a_folder_that_is_missing_is_not_a_store(tmp_path):
     """The message names it."""
     with pytest.raises(NotAStore, match="nowhere"):
         VectorIndex(tmp_path / "nowhere")
+
+
+def test_deleted_vectors_are_gone_from_the_files(tmp_path):
+    """S8: a vector can be turned back into text; a deletion without any search leaves none of its bytes either."""
+    saved_index(tmp_path)
+    index = VectorIndex(tmp_path)
+    needle = vectors_of(3).tobytes()
+    assert any(needle in path.read_bytes() for path in tmp_path.iterdir())
+    index.delete_document("two")
+    index.save()
+    index.close()
+    assert not any(needle in path.read_bytes() for path in tmp_path.iterdir())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
 from blake3 import blake3
+from conftest import ROOT
 from store_parts import (
     AS_COMPUTED,
     FINGERPRINT,
@@ -17,7 +19,6 @@ from store_parts import (
     entry_of,
     identity_of,
     key_of,
-    mutated,
     payload_with,
     random_kv,
     same_bits,
@@ -27,9 +28,9 @@ from store_parts import (
 
 from kvlink_rag.errors import CorruptEntry
 from kvlink_rag.kv import KV
-from kvlink_rag.store.codec import check_layout, from_entry, read_tensors, to_entry
+from kvlink_rag.store.codec import from_entry, to_entry
 from kvlink_rag.store.disk import DiskStore
-from kvlink_rag.store.entry import MAGIC, Identity, check_identity, pack, parse_header, split_entry, verify
+from kvlink_rag.store.entry import MAGIC, Identity, pack, verify
 from kvlink_rag.store.kv_store import KVStore
 
 
@@ -186,6 +187,7 @@ def test_a_made_up_payload_under_a_good_digest_is_refused_and_nothing_else_happe
         b'{"format": 99}',
         b"[" * 100_000,
         b'{"format": 2, "format": 2}',
+        '{"format": 2}'.encode("utf-16"),
         b'{"a":NaN}',
     ],
     ids=lambda header: repr(header[:20]),
@@ -275,20 +277,12 @@ def test_an_integrity_key_seals_entries_against_whoever_does_not_know_it():
 
 
 def test_without_the_digest_the_parser_stays_within_its_bounds():
-    """S2: half-random headers and payloads, digest bypassed: refused, or taken in the right shape."""
-    rng = random.Random(0)
-    entry = entry_of()
-    header, payload = split_entry(memoryview(entry))
-    layout = AS_COMPUTED.layout(shape_of(), len(TOKEN_IDS))
-    outcomes = {"refused": 0, "taken": 0}
-    for _ in range(10_000):
-        try:
-            described = parse_header(mutated(bytes(header), rng))
-            check_identity(described, identity_of())
-            check_layout(described, layout)
-            tensors = read_tensors(memoryview(bytearray(mutated(bytes(payload), rng))), layout)
-            assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == layout
-            outcomes["taken"] += 1
-        except CorruptEntry:
-            outcomes["refused"] += 1
-    assert min(outcomes.values()) > 100, outcomes
+    """S1, S2: ten thousand changed headers and payloads, digest bypassed: refused, or taken in the right shape.
+
+    Meanwhile nothing is run, imported, opened or connected to.
+    """
+    command = [sys.executable, str(ROOT / "tests" / "store_fuzz.py"), "10000", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["taken"] > 100 and result["refused"] > 100 and result["corpus"] >= 16

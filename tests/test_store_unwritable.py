@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 from store_parts import (
     FINGERPRINT,
     ROOM,
@@ -114,3 +115,87 @@ def test_the_byte_store_needs_no_torch():
     code = "import sys, kvlink_rag.store.disk; print(sorted({'torch', 'transformers', 'faiss'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+FULL_TMPFS = """
+import os, sys
+from kvlink_rag.errors import StoreFull
+from kvlink_rag.store.disk import DiskStore
+folder = sys.argv[1]
+key = lambda n: f"{n:064x}"
+filler = open(os.path.join(folder, "filler"), "wb", buffering=0)
+
+def fill():
+    try:
+        while True:
+            filler.write(b"x" * 4096)
+    except OSError:
+        pass
+
+store = DiskStore(folder + "/kv", max_bytes=2**40)
+for round in range(20):
+    stored, n = [], 0
+    while True:
+        try:
+            store.put(key(n), b"entry" * 40_000)
+        except StoreFull as error:
+            break
+        stored.append(n)
+        n += 1
+    assert len(stored) >= 5, (round, stored)
+    fill()
+    assert not [name for _, _, names in os.walk(folder + "/kv") for name in names if name.endswith(".tmp")]
+    assert all(bytes(store.get(key(n))) == b"entry" * 40_000 for n in stored)
+    if round == 10:  # a store can be opened, read and emptied while there is no room at all
+        store.close()
+        store = DiskStore(folder + "/kv", max_bytes=2**40)
+        assert all(bytes(store.get(key(n))) == b"entry" * 40_000 for n in stored)
+    assert store.delete([key(n) for n in stored]) == len(stored)
+    assert not any(key(n) in store or store.get(key(n)) is not None for n in stored)
+    filler.truncate(0)
+    filler.seek(0)
+    if round == 10:
+        store.close()
+        store = DiskStore(folder + "/kv", max_bytes=2**40)
+print("done")
+"""
+
+
+def test_a_disk_without_a_free_byte_is_read_and_deleted_from(tmp_path):
+    """G25: a file system of 4 MB filled up twenty times; every read answered, every delete done, no partial file."""
+    script = f'mount -t tmpfs -o size=4m none "$1" && exec "{sys.executable}" -c "$2" "$1"'
+    command = ["unshare", "--mount", "--user", "--map-root-user", "sh", "-c", script, "sh", str(tmp_path), FULL_TMPFS]
+    can_mount = subprocess.run([*command[:6], "mount -t tmpfs none /mnt"], capture_output=True).returncode == 0
+    if not can_mount:
+        pytest.skip("NOT RUN: this machine lets nobody mount a small file system (unshare --mount --user)")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+def test_a_process_without_free_descriptors_answers_from_nothing_wrong(tmp_path):
+    """Reads are misses then, writes are reported; with descriptors again everything is as before."""
+    code = """
+import os, resource, sys
+from kvlink_rag.errors import CannotStore
+from kvlink_rag.store.disk import DiskStore
+store = DiskStore(sys.argv[1], max_bytes=2**30)
+store.put("a" * 64, b"entry" * 1000)
+taken, limit = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, limit[1]))
+try:
+    while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+print(store.get("a" * 64))
+try:
+    store.put("b" * 64, b"entry" * 1000)
+except CannotStore:
+    print("said")
+for descriptor in taken:
+    os.close(descriptor)
+store.put("b" * 64, b"entry" * 1000)
+print(sorted(key[0] for key in store.keys()), bytes(store.get("a" * 64)) == b"entry" * 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["None", "said", "['a', 'b'] True"]

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from kvlink_rag.compute import compute
 from kvlink_rag.embedder import Embedder
-from kvlink_rag.evaluation.ttft import NUM_CHUNKS, fill, make_texts
+from kvlink_rag.evaluation.ttft import FROM_DISK, NUM_CHUNKS, fill, make_texts
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.rag import KVLinkRAG
 
@@ -30,7 +30,10 @@ def run_decode(
 
 def _run(model: LanguageModel, context: int, repeats: int, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     linked, plain = [], []
-    with tempfile.TemporaryDirectory(prefix="kvlink-bench-") as folder, KVLinkRAG(model, Embedder(), folder) as rag:
+    with (
+        tempfile.TemporaryDirectory(prefix="kvlink-bench-") as folder,
+        KVLinkRAG(model, Embedder(), folder, limits=FROM_DISK) as rag,
+    ):
         question, texts = make_texts(rag, context)
         fill(rag, texts)
         rag.warm_up()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kvlink_rag.compute import compute
-from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
+from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings, StoreSettings
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.generation import generate
@@ -31,6 +31,7 @@ from kvlink_rag.rag import KVLinkRAG
 from kvlink_rag.types import Chunk
 
 NUM_CHUNKS = 10
+FROM_DISK = StoreSettings(max_memory_bytes=0)  # every run reads and verifies
 QUESTION_TOKENS = 40
 WORDS = (
     "river", "stone", "window", "garden", "paper", "winter", "market", "bridge", "road", "letter", "number", "island",
@@ -51,7 +52,10 @@ def _run(
     embedder = Embedder()
     rows: list[dict[str, Any]] = []
     for length in contexts:
-        with tempfile.TemporaryDirectory(prefix="kvlink-bench-") as folder, KVLinkRAG(model, embedder, folder) as rag:
+        with (
+            tempfile.TemporaryDirectory(prefix="kvlink-bench-") as folder,
+            KVLinkRAG(model, embedder, folder, limits=FROM_DISK) as rag,
+        ):
             done, total = len(rows) * repeats, len(contexts) * repeats
             rows.append(_measure(rag, length, repeats, partial(_report, progress, done, total)))
     return rows

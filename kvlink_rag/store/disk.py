@@ -24,11 +24,12 @@ from kvlink_rag.errors import BadInput, CannotStore, CorruptEntry, NotAStore, St
 from kvlink_rag.store.entry import verify
 from kvlink_rag.store.files import EntryFiles
 from kvlink_rag.store.kv_index import DATABASE, IS_OURS, Damaged, create_private, new_index, open_index, reconcile
-from kvlink_rag.store.lock import WAIT_S, writer_lock
+from kvlink_rag.store.lock import NO_FORK, WAIT_S, writer_lock
 
 log = logging.getLogger(__name__)
 USES_KEPT_S = 60.0  # how long last uses may be known to this process alone
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_INDEX_FAILED = (sqlite3.Error, Timeout, ValueError)  # ValueError: text that is none, after flipped bits
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -67,9 +68,11 @@ class DiskStore:
         self._uses: dict[str, float] = {}  # key -> when it was last read, not yet in the rows
         self._uses_flushed = time.monotonic()
         self._said: set[str] = set()
+        self._cache: Cache | None = None
         if os.path.expandvars(os.path.expanduser(self.folder)) != str(self.folder):
             raise BadInput(f"the store's path {self.folder} holds a variable ($ or ~); choose another name")
-        self._cache = self._open()
+        with NO_FORK:
+            self._cache = self._open()
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -92,14 +95,20 @@ class DiskStore:
             log.warning("the KV index of %s is damaged (%s); it is rebuilt from the entries", self.folder, error)
             return self._rebuild()
         if cache is not None:
-            with contextlib.suppress(CannotStore), self._writing(self._lock_wait_s if is_new else 0.0):
-                reconcile(cache, self.folder, self.ttl_s)  # nobody is in the middle of a write
+            try:
+                with contextlib.suppress(CannotStore), self._writing(self._lock_wait_s if is_new else 0.0):
+                    reconcile(cache, self.folder, self.ttl_s)  # nobody is in the middle of a write
+            except _INDEX_FAILED as error:
+                log.warning("the KV index of %s cannot be used (%s); it is made anew", self.folder, error)
+                cache.close()
+                return self._rebuild(sound=False)
         return cache
 
-    def _rebuild(self) -> Cache | None:
+    def _rebuild(self, *, sound: bool = True) -> Cache | None:
         with self._writing():
             try:
-                cache = open_index(self.folder)  # another process may have been quicker
+                # another process may have been quicker
+                cache = open_index(self.folder) if sound else new_index(self.folder)
             except Damaged:
                 cache = new_index(self.folder)
             if cache is not None:
@@ -126,9 +135,10 @@ class DiskStore:
     def _read(self, key: str) -> memoryview | None:
         if self._cache is not None:
             try:
-                entry: memoryview | None = self._cache.get(key)
+                with NO_FORK:
+                    entry: memoryview | None = self._cache.get(key)
                 return entry
-            except (sqlite3.Error, Timeout) as error:
+            except _INDEX_FAILED as error:
                 self._say("index", f"the KV index of {self.folder} cannot be read ({error}): files are read without it")
         return self._files.read(key)
 
@@ -138,9 +148,10 @@ class DiskStore:
             return self._files.find(key)
         query = "SELECT filename FROM Cache WHERE key = ? AND (expire_time IS NULL OR expire_time > ?)"
         try:
-            row = self._cache._sql(query, (key, time.time())).fetchone()
+            with NO_FORK:
+                row = self._cache._sql(query, (key, time.time())).fetchone()
             path: Path | None = None if row is None else self._cache.disk.contained(row[0])
-        except sqlite3.Error:
+        except _INDEX_FAILED:
             return self._files.find(key)
         except CorruptEntry:
             return None
@@ -160,7 +171,9 @@ class DiskStore:
             yield from (key for key, its_tag, _ in self._files.headers() if tag in (None, its_tag))
             return
         query = f"SELECT key FROM Cache WHERE {IS_OURS} AND (? IS NULL OR tag = ?)"
-        yield from [row[0] for row in self._cache._sql(query, (tag, tag)).fetchall()]
+        with NO_FORK:
+            rows = self._cache._sql(query, (tag, tag)).fetchall()
+        yield from (row[0] for row in rows)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Tag -> number and bytes of its entries."""
@@ -171,13 +184,15 @@ class DiskStore:
                 found[tag] = number + 1, total + size
             return found
         query = f"SELECT COALESCE(tag, ''), COUNT(*), SUM(size) FROM Cache WHERE {IS_OURS} GROUP BY 1"
-        return {tag: (number, size) for tag, number, size in self._cache._sql(query)}
+        with NO_FORK:
+            return {tag: (number, size) for tag, number, size in self._cache._sql(query)}
 
     def size_bytes(self) -> int:
         """Bytes of all entries, as accounted."""
         if self._cache is None:
             return sum(size for _, _, size in self._files.headers())
-        return int(self._cache.reset("size"))
+        with NO_FORK:
+            return int(self._cache.reset("size"))
 
     def free_bytes(self) -> int:
         """Bytes that may still be written without evicting anything: the smaller of budget and disk."""
@@ -204,7 +219,7 @@ class DiskStore:
             try:
                 self._make_room(len(entry))
                 self._cache.set(key, entry, expire=self.ttl_s, tag=tag)
-            except (OSError, sqlite3.Error, Timeout) as error:
+            except (OSError, *_INDEX_FAILED) as error:
                 self._tidy(key)
                 if getattr(error, "errno", None) in _NO_ROOM or _is_full(error):
                     raise StoreFull(f"no room left on the disk of {self.folder}: {error}") from error
@@ -267,14 +282,18 @@ class DiskStore:
 
     def close(self) -> None:
         if self._cache is not None:
-            with contextlib.suppress(CannotStore, sqlite3.Error), self._writing(0.0):
+            with contextlib.suppress(CannotStore, *_INDEX_FAILED), self._writing(0.0):
                 self._flush_uses()
             self._cache.close()
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _writing(self, wait_s: float | None = None) -> contextlib.AbstractContextManager[None]:
-        return writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s)
+    @contextlib.contextmanager
+    def _writing(self, wait_s: float | None = None) -> Iterator[None]:
+        """One's turn to write."""
+        with writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s), NO_FORK:
+            self._roll_back()  # what an earlier failure may have left open
+            yield
 
     def _make_room(self, num_bytes: int) -> None:
         """Evict the least recently used entries until num_bytes fit the budget. Raises StoreFull."""
@@ -327,7 +346,7 @@ class DiskStore:
                 for key in keys:
                     if self._cache._sql("DELETE FROM Cache WHERE key = ?", (key,)).rowcount:
                         removed.add(key)
-        except (sqlite3.Error, Timeout) as error:
+        except _INDEX_FAILED as error:
             self._roll_back()
             log.warning("the KV index of %s cannot be written (%s); the entries' files are deleted", self.folder, error)
         return len(removed)
@@ -344,7 +363,8 @@ class DiskStore:
                     path.unlink(missing_ok=True)
 
     def _roll_back(self) -> None:
-        assert self._cache is not None
+        if self._cache is None:
+            return
         with contextlib.suppress(sqlite3.Error):
             if self._cache._con.in_transaction:
                 self._cache._con.execute("ROLLBACK")

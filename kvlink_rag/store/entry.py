@@ -114,7 +114,7 @@ def check_identity(header: Mapping[str, Any], identity: Identity) -> None:
 def strict_json(data: memoryview | bytes, what: str) -> dict[str, Any]:
     """A JSON object in which no name stands twice. Raises CorruptEntry."""
     try:
-        value = json.loads(bytes(data), object_pairs_hook=_unique)
+        value = json.loads(bytes(data).decode(), object_pairs_hook=_unique)  # of bytes it would guess the encoding
     except (ValueError, RecursionError):
         raise CorruptEntry(f"the {what} is no JSON") from None
     if not isinstance(value, dict):

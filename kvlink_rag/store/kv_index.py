@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "sqlite_secure_delete": 1,
 }
 IS_OURS = "raw = 1 AND typeof(key) = 'text' AND length(key) = 64 AND key NOT GLOB '*[^0-9a-f]*'"
+_COLUMNS = "key, raw, store_time, expire_time, access_time, tag, size, mode, filename, value"
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 _DISK_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 
@@ -47,7 +50,7 @@ def open_index(folder: Path) -> Cache | None:
     """The rows of a folder; None where the disk has no room to open them. Raises Damaged, NotAStore."""
     try:
         _check(folder / DATABASE)
-        cache = Cache(str(folder), disk=KVDisk, **SETTINGS)
+        cache = _patiently(lambda: Cache(str(folder), disk=KVDisk, **SETTINGS))
         cache._sql(f"DELETE FROM Cache WHERE NOT ({IS_OURS})")
         return cache
     except sqlite3.DatabaseError as error:
@@ -60,6 +63,20 @@ def open_index(folder: Path) -> Cache | None:
             )
             return None
         raise NotAStore(f"the KV index of {folder} cannot be opened: {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:  # names or numbers in it are none: flipped bits
+        raise Damaged(str(error)) from error
+
+
+def _patiently(opening: Callable[[], Cache]) -> Cache:
+    """Open once nobody holds the index: diskcache's own patience leaves some statements out."""
+    ends = time.monotonic() + BUSY_S
+    while True:
+        try:
+            return opening()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= ends:
+                raise
+            time.sleep(0.01)
 
 
 def _check(database: Path) -> None:
@@ -72,6 +89,8 @@ def _check(database: Path) -> None:
         ((verdict,),) = connection.execute("PRAGMA quick_check(1)").fetchall()
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         found = {name for (name,) in connection.execute("SELECT key FROM Settings")} if "Settings" in tables else set()
+        if "Cache" in tables:  # a flipped bit may rename a column and leave the file well formed
+            connection.execute(f"SELECT {_COLUMNS}, access_count FROM Cache LIMIT 1")
     finally:
         connection.close()
     if verdict != "ok":
@@ -121,6 +140,7 @@ def reconcile(cache: Cache, folder: Path, ttl_s: float | None) -> int:
                 swept += 1
         for key in rows.keys() - seen:
             cache._sql("DELETE FROM Cache WHERE key = ?", (key,))
+        cache._sql("UPDATE Settings SET value = (SELECT COALESCE(SUM(size), 0) FROM Cache) WHERE key = 'size'")
     return swept
 
 
@@ -142,8 +162,7 @@ def _adopt(cache: Cache, path: Path, key: str, name: str, ttl_s: float | None) -
     stat = path.stat()
     expires = None if ttl_s is None else stat.st_mtime + ttl_s
     cache._sql(
-        "INSERT OR REPLACE INTO Cache(key, raw, store_time, expire_time, access_time, access_count, tag, size, mode, "
-        "filename, value) VALUES (?, 1, ?, ?, ?, 0, ?, ?, ?, ?, NULL)",
+        f"INSERT OR REPLACE INTO Cache({_COLUMNS}) VALUES (?, 1, ?, ?, ?, ?, ?, ?, ?, NULL)",
         (key, stat.st_mtime, expires, stat.st_mtime, namespace, stat.st_size, MODE_BINARY, name),
     )
     return True

@@ -6,6 +6,7 @@ The lock is an open file's (flock), so the system takes it back from a process t
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,11 @@ except ImportError:  # no POSIX system: SQLite's own lock is all there is
     fcntl = None  # type: ignore[assignment]
 
 WAIT_S = 30.0
+# Held around every use of SQLite, and while a process forks: a child that is born in the middle of another thread's
+# call would wait for that thread's locks for ever.
+NO_FORK = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=NO_FORK.acquire, after_in_parent=NO_FORK.release, after_in_child=NO_FORK.release)
 _STEP_S = 0.002
 
 

@@ -1,0 +1,222 @@
+"""Break the store on purpose, one promise at a time: each time a test must turn red.
+
+    python tests/sabotage.py [NAME ...]
+
+Works on a copy of the package; exit status 1 if a sabotage goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """In `file`, `old` becomes `new`; then `tests` (a file and a -k expression) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, str]
+
+
+SABOTAGES = [
+    Sabotage(
+        "skip the digest", "store/entry.py",
+        "if _digest(view[:-DIGEST_BYTES], integrity_key) != bytes(view[-DIGEST_BYTES:]):", "if False:",
+        ("test_store_entries.py", "flipped or sector"),
+    ),
+    Sabotage(
+        "ignore the integrity key", "store/entry.py",
+        "if integrity_key is not None:", "if False:",
+        ("test_store_entries.py", "integrity_key"),
+    ),
+    Sabotage(
+        "skip the comparison of identities", "store/entry.py",
+        "        check_identity(header, identity)\n", "        pass\n",
+        ("test_store_entries.py", "any_other_identity"),
+    ),
+    Sabotage(
+        "skip the token comparison", "store/entry.py",
+        'hashlib.sha256(token_id_bytes(self.token_ids)).hexdigest()', '""',
+        ("test_store_entries.py", "any_other_identity"),
+    ),
+    Sabotage(
+        "skip the comparison of shapes", "store/codec.py",
+        "    check_layout(header, layout)\n", "",
+        ("test_store_entries.py", "describes_other_tensors"),
+    ),
+    Sabotage(
+        "let tensors overlap", "store/codec.py",
+        "if [*starts, len(data)] != [0, *stops]:", "if False:",
+        ("test_store_entries.py", "made_up_payload"),
+    ),
+    Sabotage(
+        "no bound for headers", "store/entry.py",
+        "if header_length > MAX_HEADER_BYTES:", "if False:",
+        ("test_store_entries.py", "beyond_its_bound"),
+    ),
+    Sabotage(
+        "drop the namespace from the key", "recipe.py",
+        "_framed(namespace.encode())", '_framed(b"")',
+        ("test_namespaces.py", "its_own_entries or once_per_namespace"),
+    ),
+    Sabotage(
+        "ids without the secret", "store/namespaces.py",
+        "hmac.digest(_secret(folder / SECRET), data", 'hmac.digest(b"", data',
+        ("test_namespaces.py", "secret"),
+    ),
+    Sabotage(
+        "forget the precision in the recipe", "encoding.py",
+        "storage_dtype=self.precision.name(model.dtype)", "storage_dtype=str(model.dtype)",
+        ("test_identity.py", "only_its_own"),
+    ),
+    Sabotage(
+        "forget the template in the recipe", "encoding.py",
+        "chunk_template=template", 'chunk_template=""',
+        ("test_identity.py", "only_its_own"),
+    ),
+    Sabotage(
+        "do not sync the bytes", "store/kvdisk.py",
+        "            os.fsync(descriptor)\n        finally:\n            os.close(descriptor)\n        os.rename",
+        "            pass\n        finally:\n            os.close(descriptor)\n        os.rename",
+        ("test_store_folder.py", "bytes_are_on_the_disk"),
+    ),
+    Sabotage(
+        "rename before the sync", "store/kvdisk.py",
+        "            os.fsync(descriptor)\n        finally:\n            os.close(descriptor)\n"
+        "        os.rename(temporary, path)\n",
+        "            os.rename(temporary, path)\n            os.fsync(descriptor)\n        finally:\n"
+        "            os.close(descriptor)\n",
+        ("test_store_folder.py", "bytes_are_on_the_disk"),
+    ),
+    Sabotage(
+        "sweep without the lock", "store/disk.py",
+        "self._writing(self._lock_wait_s if is_new else 0.0):", "contextlib.nullcontext():",
+        ("test_store_folder.py", "at_work_are_not_swept"),
+    ),
+    Sabotage(
+        "write without the lock", "store/lock.py",
+        "        _acquire(descriptor, path, wait_s)\n", "",
+        ("test_store_folder.py", "waits_in_vain"),
+    ),
+    Sabotage(
+        "drop by key what was replaced", "store/disk.py",
+        "if now is None or now == entry:", "if True:",
+        ("test_store_folder.py", "written_anew"),
+    ),
+    Sabotage(
+        "evict what was used last", "store/disk.py",
+        "ORDER BY access_time LIMIT", "ORDER BY access_time DESC LIMIT",
+        ("test_store_folder.py", "least_recently_used"),
+    ),
+    Sabotage(
+        "write first, evict later", "store/disk.py",
+        "over = self.size_bytes() + num_bytes - self.max_bytes", "over = self.size_bytes() - self.max_bytes",
+        ("test_store_folder.py", "least_recently_used"),
+    ),
+    Sabotage(
+        "delete rows only", "store/files.py",
+        "                    path.unlink(missing_ok=True)\n", "",
+        ("test_store_folder.py", "delete_removes"),
+    ),
+    Sabotage(
+        "leave freed pages as they are", "store/kv_index.py",
+        '"sqlite_secure_delete": 1', '"sqlite_secure_delete": 0',
+        ("test_store_folder.py", "nothing_of_a_deleted"),
+    ),
+    Sabotage(
+        "leave the vectors of what was deleted", "index.py",
+        '                (self._folder / "index.faiss").unlink(missing_ok=True)', "                pass",
+        ("test_index.py", "vectors"),
+    ),
+    Sabotage(
+        "load pickles", "store/kvdisk.py",
+        "        if read or mode != MODE_BINARY or value is not None:\n",
+        "        if mode == 4:\n            return __import__('pickle').loads(value or "
+        "Path(self._directory, filename).read_bytes())\n"
+        "        if read or mode != MODE_BINARY or value is not None:\n",
+        ("test_store_hostile.py", "pickle"),
+    ),
+    Sabotage(
+        "believe any file name", "store/kvdisk.py",
+        "if match is None or match[1] != match[2][:2]:", "if not isinstance(name, str):",
+        ("test_store_hostile.py", "names_a_file_outside"),
+    ),
+    Sabotage(
+        "follow links", "store/kvdisk.py",
+        "os.O_RDONLY | _NO_FOLLOW", "os.O_RDONLY",
+        ("test_store_hostile.py", "symlink"),
+    ),
+    Sabotage(
+        "serve from memory what was deleted elsewhere", "store/kv_store.py",
+        "        if key not in self._entries:\n", "        if False:\n",
+        ("test_memory.py", "another_process"),
+    ),
+    Sabotage(
+        "keep all in memory", "store/memory.py",
+        "while self.size_bytes > self.max_bytes:", "while False:",
+        ("test_memory.py", "budget"),
+    ),
+    Sabotage(
+        "encode for every question", "kv_source.py",
+        "if not (reuse and source.is_stored(ids))", "if True",
+        ("test_memory.py", "fifty"),
+    ),
+    Sabotage(
+        "use unpacked what is stored packed", "kv_source.py",
+        "encoded[wanted[number]] = kv = self._kvs.at_rest(computed)",
+        "kv = self._kvs.at_rest(computed)\n            encoded[wanted[number]] = computed",
+        ("test_precision.py", "same_answer"),
+    ),
+]  # fmt: skip
+
+
+def is_noticed(sabotage: Sabotage) -> bool:
+    """Whether the tests turn red on a sabotaged copy."""
+    with tempfile.TemporaryDirectory(prefix="kvlink-sabotage-") as folder:
+        for name in ("kvlink_rag", "tests"):
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        path = Path(folder, "kvlink_rag", sabotage.file)
+        text = path.read_text("utf-8")
+        assert text.count(sabotage.old) == 1, f"{sabotage.name}: not found once in {sabotage.file}"
+        path.write_text(text.replace(sabotage.old, sabotage.new), "utf-8")
+        file, expression = sabotage.tests
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"tests/{file}",
+            "-k",
+            expression,
+        ]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise AssertionError(f"{sabotage.name}: pytest did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 1
+
+
+if __name__ == "__main__":
+    chosen = [sabotage for sabotage in SABOTAGES if not sys.argv[1:] or sabotage.name in sys.argv[1:]]
+    unnoticed = []
+    for sabotage in chosen:
+        noticed = is_noticed(sabotage)
+        print(f"{'noticed' if noticed else 'UNNOTICED':>10}  {sabotage.name}", flush=True)
+        unnoticed += [] if noticed else [sabotage.name]
+    print(f"{len(chosen) - len(unnoticed)} of {len(chosen)} noticed")
+    sys.exit(bool(unnoticed))
