@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STRESS_SECONDS ?= 600
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
-.PHONY: install demo test fix check bench docs sabotage stress
+.PHONY: install demo test fix check bench docs sabotage stress fuzz load
 
 install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
 
@@ -26,6 +26,7 @@ test: install
 fix: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python tests/cli_page.py
 
 check: install
 	$(BIN)/ruff format --check .
@@ -47,5 +48,11 @@ stress: install  ## 1,000 killed writers, 10 minutes of stopped and killed proce
 	$(BIN)/python tests/store_stress.py $$folder/stress $(STRESS_SECONDS) 8 4 1 && \
 	$(BIN)/python tests/store_fuzz.py 100000 1; status=$$?; rm -r $$folder; exit $$status
 
-docs: install  ## the docs' code blocks and the README's run in the tests
-	$(BIN)/pytest tests/test_docs.py
+fuzz: install  ## more than 5,000 requests by schemathesis against the live server, minutes long
+	KVLINK_FUZZ_EXAMPLES=300 $(BIN)/pytest tests/test_server_schema.py
+
+load: install  ## three times as many clients as places for two minutes
+	$(BIN)/python tests/load_server.py
+
+docs: install  ## build the docs into site/, strictly; their code blocks run in the tests
+	$(BIN)/mkdocs build --strict --quiet

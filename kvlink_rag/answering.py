@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from kvlink_rag.compute import Emit
 from kvlink_rag.config import GenerationSettings
+from kvlink_rag.context import Context
 from kvlink_rag.errors import PromptTooLong
-from kvlink_rag.generation import generate
+from kvlink_rag.generation import Generation, generate
 from kvlink_rag.joining import LinkRequest
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.linking import get_linking
@@ -35,14 +36,76 @@ class Request:
     started: float  # time.perf_counter()
 
 
+@dataclass
+class Prepared:
+    """A question whose context is laid out, linked and ready to be computed.
+
+    sources: the chunks in it, in order of position; left_out: those for which the window had no room.
+    """
+
+    request: Request
+    context: Context
+    sources: tuple[Source, ...]
+    left_out: tuple[Hit, ...]
+    num_reused: int
+    retrieve_s: float
+    load_s: float
+    linked: float  # time.perf_counter()
+
+    def answer(self, text: str, record: Generation, model: str) -> Answer:
+        """The whole answer, once its text has been generated."""
+        started, ended = self.request.started, time.perf_counter()
+        first = record.first_token_at or ended
+        return Answer(
+            question=self.request.question,
+            text=text.strip(),
+            sources=self.sources,
+            left_out=self.left_out,
+            timings=Timings(
+                retrieve_s=self.retrieve_s,
+                load_s=self.load_s,
+                link_s=self.linked - started - self.retrieve_s - self.load_s,
+                prefill_s=first - self.linked,
+                ttft_s=first - started,
+                decode_s=ended - first,
+                total_s=ended - started,
+            ),
+            tokens=TokenCounts(self.num_reused, self.num_context - self.num_reused, len(record.token_ids)),
+            linking=self.request.linking,
+            model=model,
+            finish_reason=record.finish_reason,
+        )
+
+    @property
+    def num_context(self) -> int:
+        """Tokens in front of the answer."""
+        return self.context.num_tokens
+
+
 class AnswerMaker:
     """Makes answers with one model, from one source of KV."""
 
     def __init__(self, model: LanguageModel, source: KVSource, links: LinkTokens):
-        self._model, self._source, self._links = model, source, links
+        self.model, self._source, self._links = model, source, links
 
     def answer(self, request: Request, emit: Emit[Piece]) -> None:
         """Emit the answer piece by piece, the whole of it last. Raises PromptTooLong."""
+        self.complete(self.prepare(request), emit)
+
+    def complete(self, prepared: Prepared, emit: Emit[Piece]) -> None:
+        """Emit the answer over a context that is laid out."""
+        pieces: list[str] = []
+
+        def keep(text: str) -> None:
+            pieces.append(text)
+            emit(Piece(text))
+
+        record = generate(self.model, prepared.context, prepared.request.settings, keep)
+        prepared.context.release()
+        emit(Piece("", prepared.answer("".join(pieces), record, self.model.name)))
+
+    def prepare(self, request: Request) -> Prepared:
+        """Find and load the chunks and link them to a context. Raises PromptTooLong."""
         given = request.given if request.find is None else request.find(request.question)
         retrieved = time.perf_counter()
         linking = get_linking(request.linking)
@@ -58,53 +121,31 @@ class AnswerMaker:
             loading = self._source.load(prompt.chunk_ids, reuse=request.reuse)
             prefix_kv, has_prefix = self._source.prefix(prompt.prefix_ids)
         context = linking.link(
-            LinkRequest(self._model, prompt, prefix_kv, loading or (), self._links, request.settings.max_new_tokens)
+            LinkRequest(self.model, prompt, prefix_kv, loading or (), self._links, request.settings.max_new_tokens)
         )
         linked = time.perf_counter()
-
-        pieces: list[str] = []
-
-        def keep(text: str) -> None:
-            pieces.append(text)
-            emit(Piece(text))
-
-        record = generate(self._model, context, request.settings, keep)
-        context.release()
-        ended = time.perf_counter()
-        first = record.first_token_at or ended
-        load_s = loading.seconds if loading else 0.0
         read_s = loading.read_s if loading else {}
         is_reused = [loading is not None and loading.is_reused(ids) for ids in prompt.chunk_ids]
         num_reused = sum(len(ids) for ids, reused in zip(prompt.chunk_ids, is_reused, strict=True) if reused)
         num_reused += len(prompt.prefix_ids) if has_prefix else 0
-        num_reused = max(0, num_reused - context.num_taken_back)
-        answer = Answer(
-            question=request.question,
-            text="".join(pieces).strip(),
-            sources=tuple(
-                Source(hit, len(ids), reused, read_s.get(ids, 0.0) if reused else 0.0)
-                for hit, ids, reused in zip(hits, prompt.chunk_ids, is_reused, strict=True)
-            ),
-            left_out=tuple(given[num_kept:]),
-            timings=Timings(
-                retrieve_s=retrieved - request.started,
-                load_s=load_s,
-                link_s=linked - retrieved - load_s,
-                prefill_s=first - linked,
-                ttft_s=first - request.started,
-                decode_s=ended - first,
-                total_s=ended - request.started,
-            ),
-            tokens=TokenCounts(num_reused, context.num_tokens - num_reused, len(record.token_ids)),
-            linking=request.linking,
-            model=self._model.name,
-            finish_reason=record.finish_reason,
+        sources = tuple(
+            Source(hit, len(ids), reused, read_s.get(ids, 0.0) if reused else 0.0)
+            for hit, ids, reused in zip(hits, prompt.chunk_ids, is_reused, strict=True)
         )
-        emit(Piece("", answer))
+        return Prepared(
+            request,
+            context,
+            sources,
+            tuple(given[num_kept:]),
+            max(0, num_reused - context.num_taken_back),
+            retrieved - request.started,
+            loading.seconds if loading else 0.0,
+            linked,
+        )
 
     def _num_fitting(self, request: Request, given_ids: list[tuple[int, ...]], num_links: int) -> int:
         """How many of the given chunks, best first, fit the window beside the prompt and the answer."""
-        window, room = self._model.max_positions, request.settings.max_new_tokens
+        window, room = self.model.max_positions, request.settings.max_new_tokens
         in_place = request.prompt.chunk_ids
         needed = request.prompt.num_scaffold_tokens + sum(map(len, in_place)) + num_links * len(in_place)
         left = window - needed - room

@@ -27,8 +27,8 @@ GROUPED_SDPA = "kvlink_grouped_sdpa"
 def grouped_sdpa(
     module: Any,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -39,7 +39,13 @@ def grouped_sdpa(
 
     query [batch, heads, queries, head_dim]; key, value [batch, kv_heads, keys, head_dim];
     attention_mask float [batch, 1, queries, keys] or None; returns [batch, queries, heads, head_dim].
+    Tuples of keys and values, one of each per row, let the rows of a batch see different contexts: each row's newest
+    token then sees all of its own.
     """
+    if isinstance(key, tuple):
+        rows = zip(torch.split(query, 1), key, value, strict=True)
+        outputs = [grouped_sdpa(module, q, k, v, None, dropout, scaling, False, **kwargs)[0] for q, k, v in rows]
+        return torch.cat(outputs), None
     batch, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // key.shape[1]
     causal_without_mask = attention_mask is None and num_queries > 1

@@ -30,6 +30,7 @@ from kvlink_rag.cli_options import (
     Store,
     loaded,
 )
+from kvlink_rag.cli_serve import serve
 from kvlink_rag.cli_store import bench_store, store_app
 from kvlink_rag.cli_train import train
 from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, PUBLIC
@@ -46,6 +47,7 @@ bench_app.command("store")(bench_store)
 app.command("eval")(evaluate)
 app.command("train")(train)
 app.command("check")(check)
+app.command("serve")(serve)
 
 
 @app.command()

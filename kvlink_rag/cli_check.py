@@ -47,15 +47,15 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Is answering from stored KV safe and fast for this model here? Exit code 0: yes, 3: it differs too much."""
+    from kvlink_rag.evaluation.datasets import read_data
     from kvlink_rag.linking import resolve_linking
-    from kvlink_rag.questions import read_examples
+    from kvlink_rag.questions import own_questions
 
     resolve_linking(linking, has_links=False)
     if data is not None and store is not None:
         raise BadInput("give --data or --store, not both: the questions are the file's, or made from the store")
-    given = read_examples(data, questions) if data is not None else None
+    given = read_data(data, questions) if data is not None else None
     from kvlink_rag.evaluation.check import check as run_check
-    from kvlink_rag.evaluation.check import own_questions
     from kvlink_rag.links import LinkTokens
 
     if store is None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,7 +20,8 @@ from kvlink_rag.cli_options import (
     Precision,
     loaded_model,
 )
-from kvlink_rag.console import progress_bar, say
+from kvlink_rag.config import UNTRAINED
+from kvlink_rag.console import notes, progress_bar, say
 from kvlink_rag.errors import BadInput
 
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
@@ -76,12 +76,17 @@ def decode(
 
 
 def evaluate(
-    data: Annotated[list[Path], typer.Option("--data", help="Question files (.jsonl, .jsonl.gz); repeatable.")],
+    data: Annotated[
+        list[str], typer.Option("--data", help="Question files, or sample: 24 that come along; repeatable.")
+    ],
     linking: Annotated[str, typer.Option("--linking", help="Linkings to compare.")] = "full,plain,link_tokens",
     limit: Annotated[int, typer.Option(help="Examples per file.", min=1)] = 50,
+    documents: Annotated[str, typer.Option("--documents", help="Of each example: all, or how many.")] = "all",
+    order: Annotated[str, typer.Option("--order", help="original, shuffled, or gold@N: gold at place N.")] = "original",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 32,
+    seed: Annotated[int, typer.Option("--seed", help="Of shuffling.")] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for every answer; a second run goes on there.")
+        Path | None, typer.Option("--out", help="Folder for every answer, table and plots; a second run goes on there.")
     ] = None,
     model: Model = DEFAULT_MODEL_NAME,
     links: Links = None,
@@ -92,22 +97,31 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy of each linking on questions with their own documents, with 95 % intervals."""
+    from kvlink_rag.evaluation.datasets import arranged, read_data
     from kvlink_rag.linking import get_linking
-    from kvlink_rag.questions import read_examples
 
     linkings = linking.split(",")
     for name in linkings:
         get_linking(name)
-    files = {path.name: read_examples(path, limit) for path in data}
-    if len(files) < len(data):
-        raise BadInput("two data files have the same name; rename one")
+    if documents != "all" and not (documents.isdigit() and int(documents) >= 1):
+        raise BadInput(f"--documents takes all, or a number from 1 on; got {documents!r}")
+    num_documents = None if documents == "all" else int(documents)
+    files = {}
+    for source in data:
+        name = Path(source).name + (f" {order}" if order != "original" else "")
+        name += f" {documents} documents" if num_documents else ""
+        if name in files:
+            raise BadInput("two data files have the same name; rename one")
+        examples = read_data(source, limit)
+        files[name] = [arranged(example, order=order, num_documents=num_documents, seed=seed) for example in examples]
     language_model, checkpoint = loaded_model(model, dtype, device, links=links, adapter=adapter)
     from kvlink_rag.compute import compute
     from kvlink_rag.evaluation.answers import AnswerRun, summary
+    from kvlink_rag.evaluation.report import table, write_report
     from kvlink_rag.links import LinkTokens
 
     link_tokens = checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
-    label = checkpoint.folder.name if checkpoint else "untrained"
+    label = checkpoint.folder.name if checkpoint else UNTRAINED
     with tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder, progress_bar() as progress:
         run = AnswerRun(
             language_model,
@@ -118,19 +132,8 @@ def evaluate(
             precision=precision,
         )
         compute.run(lambda job: run.run(files, linkings, progress))
+        files_written = write_report(run.rows, out) if out else []
     rows = summary(run.rows)
     print(json.dumps(rows) if as_json else table(rows))
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The summary of an evaluation as a Markdown table."""
-    lines = ["| data | links | linking | examples | accuracy | exact | F1 | NLL |", "|---|---|---|--:|--:|--:|--:|--:|"]
-    for row in rows:
-        low, high = row.get("accuracy_interval", (None, None))
-        spread = "" if low is None else f" ({low * 100:.0f}-{high * 100:.0f})"
-        lines.append(
-            f"| {row['data']} | {row['links']} | {row['linking']} | {row['examples']} | "
-            f"{row['accuracy'] * 100:.1f}{spread} | {row['exact_match'] * 100:.1f} | {row['f1'] * 100:.1f} | "
-            f"{row['nll']:.2f} |"
-        )
-    return "\n".join(lines)
+    if files_written:
+        notes.print(f"written: {', '.join(str(path) for path in files_written)}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -96,6 +97,14 @@ class ComputeThread:
     def submit(self, work: Callable[[Job], Any]) -> None:
         """Begin work nobody waits for; what it raises goes with it."""
         self._submit(Job(work))
+
+    def give_way(self, seconds: float = 0.2) -> None:
+        """Perform what others wait for, for about so long; called by long work between its steps, on the thread."""
+        if threading.current_thread() is not self._thread:
+            return
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._jobs.empty():
+            self._jobs.get().perform()
 
     def stream(self, work: Callable[[Job, Emit[T]], None]) -> Iterator[T]:
         """Yield what work(job, emit) emits while it runs. Closing the iterator stops the work at its next emit."""

@@ -66,6 +66,30 @@ class ContextLayer(DynamicLayer):  # type: ignore[misc]
         return 0 if self._pending is not None else self._length
 
 
+class RowsLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer of several contexts that are decoded together, each in its own buffer.
+
+    rows: key and value buffers [1, kv_heads, capacity, head_dim] and the place of the next token, per context;
+    an update may bring more rows, which are computed for nobody. Its result is one pair per row, for `grouped_sdpa`.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor, int]], window: int | None):
+        super().__init__()
+        self._rows, self._window = rows, window
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = list(torch.split(key_states, 1)), list(torch.split(value_states, 1))
+        for row, (key_buffer, value_buffer, place) in enumerate(self._rows):
+            key_buffer[:, :, place] = key_states[row, :, 0]
+            value_buffer[:, :, place] = value_states[row, :, 0]
+            start = 0 if self._window is None else max(0, place + 1 - self._window)
+            keys[row], values[row] = key_buffer[:, :, start : place + 1], value_buffer[:, :, start : place + 1]
+        return tuple(keys), tuple(values)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
 class KeysOnly(DynamicLayer):  # type: ignore[misc]
     """A layer that ends the forward as soon as it has its keys."""
 
@@ -175,10 +199,14 @@ class Context:
         return self._cache(self.pending.positions, self.num_tokens)
 
     def _cache(self, positions: Tensor, length: int) -> Cache:
-        layers = [ContextLayer(self._keys[i][None], self._values[i][None]) for i in range(len(self._keys))]
+        layers = [ContextLayer(keys, values) for keys, values in self.layers()]
         for layer in layers:
             layer.expect(positions, length)
         return Cache(layers=layers)
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Key and value buffers [1, kv_heads, capacity, head_dim] of each layer."""
+        return [(self._keys[i][None], self._values[i][None]) for i in range(len(self._keys))]
 
     def rewind(self, num_tokens: int, ids: Sequence[int]) -> None:
         """Forget the last num_tokens of a context that has been computed.

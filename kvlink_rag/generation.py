@@ -48,19 +48,8 @@ def generate(
 
     hf = model.reader if pending.by_reader else model.hf
     handle = hf.register_forward_pre_hook(hand_over, with_kwargs=True)
-    sampling = settings.temperature > 0
-    config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=sampling,
-        temperature=settings.temperature if sampling else None,
-        top_p=settings.top_p if sampling else None,
-        top_k=0 if sampling else None,
-        eos_token_id=list(model.end_ids) or None,
-        pad_token_id=model.end_ids[0] if model.end_ids else 0,
-        use_cache=True,
-    )
     device = pending.positions.device
-    answer = _Answer(model, settings.stop, emit)
+    answer = AnswerText(model, settings.stop, emit)
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     try:
@@ -69,7 +58,7 @@ def generate(
                 input_ids=torch.tensor([[pending.last_id]], device=device),
                 attention_mask=torch.ones(1, context.num_tokens, dtype=torch.long, device=device),
                 position_ids=pending.rope_positions[-1:][None],
-                generation_config=config,
+                generation_config=_config(model, settings),
                 streamer=answer,
                 stopping_criteria=StoppingCriteriaList([_Stopped(answer)]),
                 **{model.cache_argument: context.to_cache()},
@@ -77,6 +66,33 @@ def generate(
     finally:
         handle.remove()
     return answer.record
+
+
+class Sampler:
+    """Chooses the next id as `generate` does, by the same processors and draws, for one row of a batch."""
+
+    def __init__(self, model: LanguageModel, settings: GenerationSettings, last_id: int):
+        hf, device = model.hf, model.device
+        config, _ = hf._prepare_generation_config(_config(model, settings))
+        hf._prepare_special_tokens(config, device=device, batch_size=1)
+        self._processors = hf._get_logits_processor(config, input_ids_seq_length=1, device=str(device))
+        self._is_greedy = not config.do_sample
+        self._ids = torch.tensor([[last_id]], device=device)  # the prompt as `generate` knows it, then the answer
+        self._generator = torch.Generator(device)
+        if settings.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(settings.seed)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The id that follows, from its logits [vocabulary]."""
+        scores = self._processors(self._ids, logits[None].to(copy=True, dtype=torch.float32))
+        if self._is_greedy:
+            chosen = scores.argmax(dim=-1, keepdim=True)
+        else:
+            chosen = torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator)
+        self._ids = torch.cat([self._ids, chosen], dim=1)
+        return int(chosen)
 
 
 def predict(model: LanguageModel, context: Context, num_last: int) -> torch.Tensor:
@@ -87,6 +103,20 @@ def predict(model: LanguageModel, context: Context, num_last: int) -> torch.Tens
     inputs = {**_pending_inputs(model, context), "use_cache": True, model.cache_argument: context.to_cache()}
     with torch.inference_mode(), tempered(context.tempering):
         return hf(**inputs, logits_to_keep=num_last).logits[0]  # type: ignore[no-any-return]
+
+
+def _config(model: LanguageModel, settings: GenerationSettings) -> GenerationConfig:
+    sampling = settings.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=sampling,
+        temperature=settings.temperature if sampling else None,
+        top_p=settings.top_p if sampling else None,
+        top_k=0 if sampling else None,
+        eos_token_id=list(model.end_ids) or None,
+        pad_token_id=model.end_ids[0] if model.end_ids else 0,
+        use_cache=True,
+    )
 
 
 def _pending_inputs(model: LanguageModel, context: Context) -> dict[str, Any]:
@@ -102,12 +132,13 @@ def _pending_inputs(model: LanguageModel, context: Context) -> dict[str, Any]:
     return inputs
 
 
-class _Answer(BaseStreamer):  # type: ignore[misc]
+class AnswerText(BaseStreamer):  # type: ignore[misc]
     """Receives generated ids from `generate`, records them and emits their text."""
 
     def __init__(self, model: LanguageModel, stop: tuple[str, ...], emit: Callable[[str], None]):
         self.record = Generation()
-        self.is_stopped = False
+        self.is_stopped = False  # at a stop string
+        self.is_ended = False  # there or at an end token
         self._decoder, self._held = model.tokenizer.decode_stream(), _HeldBack(stop)
         self._end_ids, self._emit = model.end_ids, emit
         self._prompt_seen = False
@@ -117,19 +148,21 @@ class _Answer(BaseStreamer):  # type: ignore[misc]
             self._prompt_seen = True
             return
         for token_id in value.reshape(-1).tolist():
-            self._put(token_id)
+            self.take(token_id)
 
-    def _put(self, token_id: int) -> None:
+    def take(self, token_id: int) -> None:
+        """The next generated id."""
         if self.record.first_token_at is None:
             self.record.first_token_at = time.perf_counter()
         self.record.token_ids.append(token_id)
         if token_id in self._end_ids:
             self.record.finish_reason = "stop"
+            self.is_ended = True
             return
         text = self._held.push(self._decoder.step(token_id))
         if self._held.stopped:
             self.record.finish_reason = "stop"
-            self.is_stopped = True
+            self.is_stopped = self.is_ended = True
         self._emit(text)
 
     def end(self) -> None:
@@ -140,7 +173,7 @@ class _Answer(BaseStreamer):  # type: ignore[misc]
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
     """Ends generation at a stop string."""
 
-    def __init__(self, answer: _Answer):
+    def __init__(self, answer: AnswerText):
         self._answer = answer
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:

@@ -61,12 +61,20 @@ def read_file(path: Path, max_bytes: int) -> Document:
         data = path.read_bytes()
     except OSError as error:
         raise BadDocument(f"cannot be read: {error.strerror}") from error
-    title, text = _READERS.get(path.suffix.lower(), _read_text)(data)
+    return read_bytes(path, data, str(path.resolve()))
+
+
+def read_bytes(name: Path, data: bytes, document_id: str) -> Document:
+    """The content of a file of that name as a document; nothing is opened.
+
+    Raises BadDocument, MissingExtra.
+    """
+    if name.suffix.lower() not in SUFFIXES:
+        raise BadDocument(f"not one of {' '.join(SUFFIXES)}")
+    title, text = _READERS.get(name.suffix.lower(), _read_text)(data)
     if not text.strip():
         raise BadDocument("holds no text")
-    return Document(
-        text, id=str(path.resolve()), title=(title or "").strip() or path.stem.replace("-", " ").replace("_", " ")
-    )
+    return Document(text, id=document_id, title=(title or "").strip() or name.stem.replace("-", " ").replace("_", " "))
 
 
 def _resolve(source: str | Path | Document) -> Path | Document:

@@ -137,6 +137,16 @@ class LanguageModel:
     def hidden_size(self) -> int:
         return int(self.hf.get_input_embeddings().weight.shape[1])
 
+    @property
+    def can_batch(self) -> bool:
+        """Whether contexts of different lengths can be decoded together: their attention must be ours."""
+        return bool(self.hf.config._attn_implementation == attention.GROUPED_SDPA)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer sees, its own included; None: all."""
+        kinds = getattr(self.hf.config.get_text_config(), "layer_types", None)
+        return self._windows[kinds[layer]] if kinds else next(iter(self._windows.values()))
+
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Input embeddings [tokens, hidden]."""
         with torch.inference_mode():

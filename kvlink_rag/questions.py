@@ -17,6 +17,10 @@ from typing import Any
 from kvlink_rag.errors import BadInput
 from kvlink_rag.types import Document
 
+ANSWER, SUMMARY = "answer", "summary"  # what is asked for: short words to be found, or a text to be compared
+_SUMMARIES = frozenset({"samsum", "multi_news", "clapnq"})  # by `dataset` of a line
+_HERE = Path(__file__).parent / "evaluation"
+
 
 @dataclass(frozen=True)
 class Example:
@@ -26,6 +30,7 @@ class Example:
     answers: tuple[str, ...]
     documents: tuple[Document, ...]
     gold: frozenset[int] = frozenset()  # places of the documents that support the answer; empty where unknown
+    wanted: str = ANSWER
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -53,10 +58,17 @@ def read_examples(
         try:
             found = [_document(item, passages or {}, where) for item in row["documents"]]
             gold = frozenset(place for place, item in enumerate(row["documents"]) if item.get("is_gold"))
-            examples.append(Example(row["question"], tuple(row["answers"]), tuple(found), gold))
+            wanted = SUMMARY if row.get("dataset") in _SUMMARIES else ANSWER
+            examples.append(Example(row["question"], tuple(row["answers"]), tuple(found), gold, wanted))
         except (KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{where}: not an example with question, answers and documents ({error!r})") from error
     return examples
+
+
+def own_questions() -> list[Example]:
+    """The questions that come with this package: 24 over 24 passages, five with each, written for it."""
+    passages = read_passages([_HERE / "check_passages.jsonl"])
+    return read_examples(_HERE / "check_questions.jsonl", passages=passages)
 
 
 def read_passages(paths: Iterable[Path]) -> dict[str, Document]:

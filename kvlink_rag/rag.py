@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from kvlink_rag.answering import Request
+from kvlink_rag.answering import Prepared, Request
 from kvlink_rag.asking import AskOptions
-from kvlink_rag.compute import Job, compute
+from kvlink_rag.batching import Batch
+from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
     AUTO,
     DEFAULT_ENCODING_PREFIX,
@@ -176,6 +178,24 @@ class KVLinkRAG(KVLinkEngine):
         message the default one is used. Everything else as in `KVLinkEngine.stream`.
         """
         return super().stream(question, **options)  # type: ignore[misc]
+
+    def begin(
+        self,
+        batch: Batch,
+        question: str | Sequence[Message],
+        emit: Emit[Piece],
+        on_end: Callable[[BaseException | None], None],
+        on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+        *,
+        started: float | None = None,
+        **options: Unpack[RAGOptions],
+    ) -> None:
+        """Let an answer join a batch; on the compute thread. See `Batch.begin`, and `stream` for the options.
+
+        started: time.perf_counter() when the question came, if that is not now.
+        """
+        request = self._request(question, options, time.perf_counter() if started is None else started)
+        batch.begin(self._maker, request, emit, on_end, on_prepared)
 
     # -- inside ------------------------------------------------------------------------------------
 

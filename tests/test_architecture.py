@@ -32,7 +32,16 @@ LAYERS = [
         "training.objectives",
         "evaluation.scores",
     ],
-    ["default_models", "prompt", "packing", "store.entry", "probe", "context", "training.lessons"],
+    [
+        "default_models",
+        "prompt",
+        "evaluation.datasets",
+        "packing",
+        "store.entry",
+        "probe",
+        "context",
+        "training.lessons",
+    ],
     ["embedder", "model", "store.codec", "store.kvdisk", "store.memory"],
     ["encoding", "links", "index", "store.kv_store", "store.files", "store.folder", "store.namespaces"],
     ["store.kv_index"],
@@ -51,13 +60,20 @@ LAYERS = [
     ["linking", "training.steps"],
     ["answering", "training.trainer"],
     ["asking"],
-    ["engine", "training.train"],
+    ["batching", "engine", "training.train"],
     ["rag", "evaluation.forced", "evaluation.store_speed"],
     ["evaluation.answers", "evaluation.agreement", "evaluation.ttft", "training.study"],
-    ["evaluation.decode", "evaluation.check"],
+    ["evaluation.decode", "evaluation.check", "evaluation.report"],
+    ["server.settings", "server.keys", "server.failures", "server.metrics", "server.page"],
+    ["server.schemas", "server.stores", "server.guard", "server.body", "server.outcome"],
+    ["server.scheduler", "server.jobs"],
+    ["server.services"],
+    ["server.chat", "server.documents", "server.health"],
+    ["server.app"],
+    ["server.run"],
     ["console"],
     ["cli_options"],
-    ["cli_check", "cli_measure", "cli_store", "cli_train"],
+    ["cli_check", "cli_measure", "cli_store", "cli_train", "cli_serve"],
     ["cli"],
 ]
 RANK = {f"kvlink_rag.{name}": rank for rank, names in enumerate(LAYERS) for name in names}
@@ -110,10 +126,8 @@ def test_no_way_to_run_foreign_code(path):
 
 
 def test_importing_loads_nothing_heavy():
-    code = (
-        "import kvlink_rag, kvlink_rag.cli, sys; "
-        "print([m for m in ('torch', 'transformers', 'faiss', 'sentence_transformers', 'numpy') if m in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "faiss", "sentence_transformers", "numpy", "fastapi", "uvicorn", "pydantic")
+    code = f"import kvlink_rag, kvlink_rag.cli, sys; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -14,10 +14,11 @@ from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.evaluation import check as checking
 from kvlink_rag.evaluation.agreement import compare
-from kvlink_rag.evaluation.check import Exactness, LinkingCheck, Verdict, break_even, exactness, own_questions
+from kvlink_rag.evaluation.check import Exactness, LinkingCheck, Verdict, break_even, exactness
 from kvlink_rag.evaluation.ttft import median_ttfts
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.maintenance import failed_check, remember_check
+from kvlink_rag.questions import own_questions
 
 
 def silent(stage, done, total):

@@ -216,7 +216,18 @@ def test_bench_ttft_prints_its_json_form(kvlink):
 
 
 def test_help_is_there_for_every_command(kvlink):
-    for command in ([], ["add"], ["ask"], ["chat"], ["eval"], ["train"], ["store"], ["bench"], ["store", "prune"]):
+    for command in (
+        [],
+        ["add"],
+        ["ask"],
+        ["chat"],
+        ["eval"],
+        ["train"],
+        ["serve"],
+        ["store"],
+        ["bench"],
+        ["store", "prune"],
+    ):
         code, out, _ = kvlink(*command, "--help")
         assert code == 0 and "Usage: kvlink" in out
 

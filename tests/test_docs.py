@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 
+import cli_page
 import pytest
 from conftest import ROOT
 
@@ -17,8 +18,9 @@ NOT_RUN_HERE = (
     "kvlink bench",
     "kvlink chat",
     "kvlink eval",
+    "kvlink serve",
     "kvlink train",
-)  # minutes long or interactive; tests/test_cli.py runs them
+)  # minutes long or interactive; tests of their own run them
 
 
 def blocks(page, language):
@@ -66,6 +68,16 @@ def test_make_targets_and_commands_named_exist(page):
         "bench",
     }
     assert set(re.findall(r"`kvlink (\w+)", text)) <= commands
+
+
+def test_the_command_s_page_is_what_help_says():
+    assert cli_page.PAGE.read_text("utf-8") == cli_page.page(), "run: make fix"
+
+
+def test_every_example_is_named_in_the_docs():
+    text = (ROOT / "README.md").read_text("utf-8") + (ROOT / "docs" / "index.md").read_text("utf-8")
+    names = [path.stem for path in (ROOT / "examples").glob("*.py")]
+    assert [name for name in names if name not in text and not name.startswith(("lang", "llama", "event"))] == []
 
 
 def test_the_readme_maps_every_file():

@@ -14,10 +14,11 @@ from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.agreement import agreement
 from kvlink_rag.evaluation.answers import AnswerRun, summary
 from kvlink_rag.evaluation.forced import Forcing
-from kvlink_rag.evaluation.scores import interval, score
+from kvlink_rag.evaluation.report import table, write_report
+from kvlink_rag.evaluation.scores import interval, score, score_summary
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.prompt import build_prompt
-from kvlink_rag.questions import Example
+from kvlink_rag.questions import SUMMARY, Example
 
 DOCUMENTS = (Document("The horn is called Old Bertha."), Document("The ferry leaves at nine.", title="Ferry"))
 EXAMPLES = [
@@ -137,7 +138,7 @@ def test_an_interval_holds_the_mean_and_narrows_with_more_values():
 def test_a_summary_has_a_row_per_data_set_and_arm_and_their_mean():
     def row(data, linking, accuracy):
         scores = {"accuracy": accuracy, "exact_match": 0.0, "f1": 0.0, "nll": 1.0}
-        return {"data": data, "number": 0, "links": "x", "linking": linking, **scores}
+        return {"data": data, "number": 0, "links": "x", "linking": linking, "num_documents": 1, "gold": 1, **scores}
 
     rows = summary([row("a", "full", 1.0), row("a", "plain", 0.0), row("b", "full", 0.0), row("b", "plain", 0.0)])
     assert [(r["data"], r["linking"], r["accuracy"]) for r in rows] == [
@@ -145,6 +146,60 @@ def test_a_summary_has_a_row_per_data_set_and_arm_and_their_mean():
         ("mean of 2", "full", 0.5), ("mean of 2", "plain", 0.0),
     ]  # fmt: skip
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_every_arm_is_held_against_the_full_prefill(tiny, tmp_path):
+    """Along its first answer tokens: it agrees with itself wholly, others less, as `agreement` says too."""
+    run = AnswerRun(tiny, LinkTokens.untrained(tiny), tmp_path / "out", label="untrained", max_new_tokens=16)
+    run.run({"data": EXAMPLES}, ["plain", "full"], lambda stage, done, total: None)
+    of_full, of_plain = ([row for row in run.rows if row["linking"] == name] for name in ("full", "plain"))
+    assert all(row["top1"] == 1.0 and abs(row["kl"]) < 1e-4 for row in of_full)
+    with KVLinkEngine(tiny, tmp_path / "store") as engine:
+        for example, row in zip(EXAMPLES, of_plain, strict=True):
+            found = agreement(engine, [(example.question, example.documents)], "plain")
+            assert row["top1"] == pytest.approx(found.top1, abs=1e-4) and row["kl"] == pytest.approx(found.kl, abs=1e-3)
+
+
+def test_what_does_not_fit_the_window_is_counted_and_never_cut(tmp_path):
+    model = build("llama", max_position_embeddings=400)
+    long = Example("Called?", ("Bertha",), (Document("The horn is called Bertha. " * 20),))
+    run = AnswerRun(model, LinkTokens.untrained(model), tmp_path, label="untrained", max_new_tokens=8)
+    run.run({"data": [EXAMPLES[1], long]}, ["full", "plain"], lambda stage, done, total: None)
+    assert [row.get("too_long") is not None for row in run.rows] == [False, False, True, True]
+    assert {(row["examples"], row["too_long"]) for row in summary(run.rows)} == {(1, 1)}
+    assert "| too long |" in table(summary(run.rows))
+
+
+def test_summaries_are_scored_by_rouge(tiny, tmp_path):
+    assert score_summary("the cat sat on the mat", ["a dog", "the cat lay on the mat"]) == pytest.approx(
+        5 / 6, abs=1e-3
+    )
+    asked = Example("Summarize.", ("They meet at nine.",), DOCUMENTS[:1], frozenset(), SUMMARY)
+    run = AnswerRun(tiny, LinkTokens.untrained(tiny), tmp_path, label="untrained", max_new_tokens=4)
+    run.run({"news": [asked], "qa": EXAMPLES}, ["full"], lambda stage, done, total: None)
+    of_news, of_qa, mean = summary(run.rows)
+    assert "rouge_l" in of_news and "accuracy" not in of_news and "rouge_l" not in of_qa
+    assert mean["accuracy"] == of_qa["accuracy"] and mean["rouge_l"] == of_news["rouge_l"]
+
+
+def test_a_report_has_figures_a_table_and_plots(tmp_path):
+    def row(number, linking, gold, accuracy):
+        about = {"data": "a.jsonl", "number": number, "links": "x", "linking": linking, "num_documents": 3 + number}
+        return {**about, "gold": gold, "accuracy": accuracy, "exact_match": 0.0, "f1": 0.0, "nll": 1.0}
+
+    rows = [row(n, linking, n + 1, float(n % 2)) for n in range(4) for linking in ("full", "plain")]
+    names = [path.name for path in write_report(rows, tmp_path)]
+    assert names == [
+        "summary.json",
+        "summary.md",
+        "accuracy.svg",
+        "accuracy_by_gold.svg",
+        "accuracy_by_num_documents.svg",
+    ]
+    assert json.loads((tmp_path / "summary.json").read_text("utf-8")) == summary(rows)
+    assert "| a.jsonl | x | plain | 4 | 50.0 (" in (tmp_path / "summary.md").read_text("utf-8")
+    for name in names[2:]:
+        assert "</svg>" in (tmp_path / name).read_text("utf-8")
 
 
 def test_families_agree_on_what_is_forced():

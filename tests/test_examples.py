@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,8 @@ def examples(tmp_path):
     (folder / "corpus").mkdir(parents=True)
     for name in CORPUS:
         shutil.copy(ROOT / "examples" / "corpus" / name, folder / "corpus" / name)
-    for name in [*(f"{name}.py" for name in EXAMPLES), "train_links.py", "questions.jsonl"]:
-        shutil.copy(ROOT / "examples" / name, folder / name)
+    for path in (ROOT / "examples").glob("*.*"):
+        shutil.copy(path, folder / path.name)
     return folder
 
 
@@ -46,3 +47,31 @@ def test_links_are_trained_on_a_store_without_labels(examples):
         "before",
         "after",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("quickstart", r"Bertha(.|\n)*, [1-9]\d\d tokens reused"),
+        ("persist_and_reload", r"first run: [1-9] chunks read(.|\n)*restart: 0 chunks read, [1-9] known"),
+        ("step_by_step", r"\d+ tokens placed, \d+ to compute\n.*\w"),
+        ("chat_folder", r"2 documents: [1-9] chunks read(.|\n)*lighthouse.md.* [1-9]\d\d tokens reused"),
+        ("chat_pdf", r"ferry.pdf: [1-9]\d tokens(.|\n)*nine(.|\n)* [1-9]\d tokens reused"),
+        ("own_model", r"proven movable(.|\n)*[1-9]\d* tokens reused; the same answer read afresh: True"),
+    ],
+)
+def test_an_example_runs_as_it_stands(name, says, examples, monkeypatch, capsys):
+    """In this process, so that torch and the models' libraries are loaded but once."""
+    lines = iter(["What is the fog horn of the lighthouse called?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    path = examples / f"{name}.py"
+    assert len(path.read_text("utf-8").splitlines()) <= 60
+    runpy.run_path(str(path), run_name="__main__")
+    assert re.search(says, out := capsys.readouterr().out), out
+
+
+def test_the_server_example_speaks_with_openai_s_client(examples):
+    result = subprocess.run([sys.executable, str(examples / "server_openai.py")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"lighthouse.md: [1-9] chunks read\n(.|\n)*[1-9]\d\d of \d+ tokens reused", result.stdout)

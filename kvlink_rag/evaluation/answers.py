@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from kvlink_rag.config import GenerationSettings
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
-from kvlink_rag.evaluation.scores import interval, score
-from kvlink_rag.generation import generate
+from kvlink_rag.evaluation.scores import interval, score, score_summary
+from kvlink_rag.generation import generate, predict
 from kvlink_rag.kv import StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.prompt import Prompt, stop_ids
-from kvlink_rag.questions import Example
+from kvlink_rag.questions import SUMMARY, Example
 
-METRICS = ("accuracy", "exact_match", "f1", "nll")
+METRICS = ("accuracy", "exact_match", "f1", "rouge_l", "nll", "top1", "kl")
+NUM_TOKENS = 16  # of an answer, along which arms are held against the full prefill
 Row = dict[str, Any]
 
 
@@ -51,7 +53,8 @@ class AnswerRun:
         self._model, self._label = model, label if precision == "model" else f"{label}, {precision}"
         self._encoder = Encoder(model, precision=Precision.parse(precision))
         self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
-        self._forcing = Forcing(self._encoder, links)
+        self._forcing, self._num_links = Forcing(self._encoder, links), links.num_per_chunk
+        self._tokenizer = model.tokenizer
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "results.jsonl"
         self.rows = read_rows(self._path)
@@ -74,28 +77,71 @@ class AnswerRun:
 
     def _answer(self, name: str, number: int, example: Example, linkings: Sequence[str]) -> None:
         prompt = prompt_of(self._encoder, example)
+        gold = (*self._tokenizer.plain_ids(example.answers[0]), *stop_ids(self._tokenizer))
+        about: Row = {"data": name, "number": number, "links": self._label}
+        about["num_documents"] = len(example.documents)
+        about["gold"] = min(example.gold) + 1 if example.gold else None
+        tokens = len(prompt.ids) + self._num_links * len(prompt.chunk_ids)
+        if tokens + max(len(gold), self._settings.max_new_tokens) > self._model.max_positions:
+            self._keep([{**about, "linking": linking, "too_long": tokens} for linking in linkings])
+            return
         kvs: list[StoredKV] = []
         if any(get_linking(linking).uses_stored_kv for linking in linkings):
             kvs = self._forcing.chunks(prompt)
-        with self._path.open("a", encoding="utf-8") as file:
-            for linking in linkings:
-                text, nll = self._one(prompt, example.answers[0], linking, kvs)
-                row = {"data": name, "number": number, "links": self._label, "linking": linking, "nll": round(nll, 4)}
-                row |= asdict(score(text, example.answers)) | {"prediction": text}
-                self.rows.append(row)
-                file.write(json.dumps(row) + "\n")
+        reference: _Said | None = None
+        for linking in sorted(linkings, key=lambda linking: linking != "full"):
+            said = self._one(prompt, gold, linking, kvs, reference)
+            reference = said if linking == "full" else reference
+            row = {**about, "linking": linking, "nll": round(said.nll, 4), **_scores(example, said.text)}
+            if reference is not None:
+                row |= _closeness(reference, said)
+            self._keep([{**row, "prediction": said.text}])
 
-    def _one(self, prompt: Prompt, answer: str, linking: str, kvs: Sequence[StoredKV]) -> tuple[str, float]:
-        """The greedy answer, and the NLL of the accepted one."""
-        model, tokenizer = self._model, self._model.tokenizer
-        gold = (*tokenizer.plain_ids(answer), *stop_ids(tokenizer))
-        context, logits = self._forcing.logits(prompt, kvs, linking, gold, self._settings.max_new_tokens)
+    def _keep(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def _one(
+        self, prompt: Prompt, gold: Sequence[int], linking: str, kvs: Sequence[StoredKV], reference: _Said | None
+    ) -> _Said:
+        """The greedy answer; the NLL of the accepted one; and what is predicted along the reference's answer, or along
+        this one where there is none."""
+        model = self._model
+        room = max(self._settings.max_new_tokens, NUM_TOKENS)
+        context, logits = self._forcing.logits(prompt, kvs, linking, gold, room)
         nll = float(cross_entropy(logits.float(), torch.tensor(gold, device=logits.device)))
         context.rewind(len(gold) - 1, prompt.question_ids[-1:])
         pieces: list[str] = []
-        generate(model, context, self._settings, pieces.append)
+        ids = generate(model, context, self._settings, pieces.append).token_ids[:NUM_TOKENS]
+        along = reference.ids if reference is not None else ids
+        context.rewind(0, [prompt.question_ids[-1], *along[:-1]])
+        predicted = log_softmax(predict(model, context, len(along)).float(), -1)
         context.release()
-        return "".join(pieces).strip(), nll
+        return _Said("".join(pieces).strip(), ids, nll, predicted)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An arm's answer, its first token ids, the accepted answer's NLL, and log-probabilities [tokens, vocabulary]."""
+
+    text: str
+    ids: list[int]
+    nll: float
+    predicted: Tensor
+
+
+def _scores(example: Example, text: str) -> Row:
+    if example.wanted == SUMMARY:
+        return {"rouge_l": score_summary(text, example.answers)}
+    return {name: round(value, 4) for name, value in asdict(score(text, example.answers)).items()}
+
+
+def _closeness(reference: _Said, said: _Said) -> Row:
+    """Along the full prefill's first answer tokens: where both predict the same, and the KL from it, nats a token."""
+    same = (reference.predicted.argmax(-1) == said.predicted.argmax(-1)).float().mean()
+    divergence = kl_div(said.predicted, reference.predicted, log_target=True, reduction="sum") / len(reference.ids)
+    return {"top1": round(float(same), 4), "kl": round(float(divergence), 4)}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -110,7 +156,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Means with 95 % intervals: a row per data set and arm, then one per arm over the data sets' means."""
+    """Means with 95 % intervals: a row per data set and arm, then one per arm over the data sets' means.
+
+    Examples beyond the model's window are counted as `too_long` and are in no mean.
+    """
     arms = list(dict.fromkeys((row["links"], row["linking"]) for row in rows))
     names = list(dict.fromkeys(row["data"] for row in rows))
     found: list[Row] = []
@@ -120,20 +169,26 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             if of_arm:
                 found.append({"data": name, "links": arm[0], "linking": arm[1], **_means(of_arm)})
     if len(names) > 1:
-        for arm in arms:
-            means = [row for row in found if (row["links"], row["linking"]) == arm]
-            mean = {metric: round(sum(row[metric] for row in means) / len(means), 4) for metric in METRICS}
-            examples = sum(row["examples"] for row in means)
-            found.append(
-                {"data": f"mean of {len(means)}", "links": arm[0], "linking": arm[1], "examples": examples, **mean}
-            )
+        found += [_over_all(arm, [row for row in found if (row["links"], row["linking"]) == arm]) for arm in arms]
     return found
 
 
 def _means(rows: Sequence[Row]) -> Row:
-    means: Row = {"examples": len(rows)}
+    answered = [row for row in rows if "too_long" not in row]
+    means: Row = {"examples": len(answered), "too_long": len(rows) - len(answered)}
     for metric in METRICS:
-        values = [row[metric] for row in rows]
-        means[metric] = round(sum(values) / len(values), 4)
-        means[f"{metric}_interval"] = [round(bound, 4) for bound in interval(values)]
+        if values := [row[metric] for row in answered if row.get(metric) is not None]:
+            means[metric] = round(sum(values) / len(values), 4)
+            means[f"{metric}_interval"] = [round(bound, 4) for bound in interval(values)]
     return means
+
+
+def _over_all(arm: tuple[str, str], means: Sequence[Row]) -> Row:
+    """The mean of the data sets' means, of each metric over those that have it."""
+    total: Row = {"data": f"mean of {len(means)}", "links": arm[0], "linking": arm[1]}
+    total["examples"] = sum(row["examples"] for row in means)
+    total["too_long"] = sum(row["too_long"] for row in means)
+    for metric in METRICS:
+        if values := [row[metric] for row in means if metric in row]:
+            total[metric] = round(sum(values) / len(values), 4)
+    return total

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +25,10 @@ from kvlink_rag.evaluation.ttft import median_ttfts
 from kvlink_rag.generation import predict
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.questions import Example, read_examples, read_passages
+from kvlink_rag.questions import Example
 from kvlink_rag.rag import KVLinkRAG
 from kvlink_rag.training.layout import Turn, lay_out
 
-HERE = Path(__file__).parent
 LENGTHS = (500, 1000, 2000)  # tokens of context on the clock
 # A linking passes if it predicts what a full prefill predicts at so many of an answer's tokens, and holds accepted
 # answers no less likely than by so much. Between the two lie what ships (passes) and chunks that were never moved or
@@ -126,12 +124,6 @@ class Verdict:
             "advice": self.advice,
             "linkings": [{**asdict(found), "safe": found.is_safe} for found in self.linkings],
         }
-
-
-def own_questions() -> list[Example]:
-    """The questions that come with this package: 24 over 24 passages, five with each, written for it."""
-    passages = read_passages([HERE / "check_passages.jsonl"])
-    return read_examples(HERE / "check_questions.jsonl", passages=passages)
 
 
 def check(

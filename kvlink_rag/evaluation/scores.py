@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvlink_rag.errors import MissingExtra
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CHOICES = frozenset({"yes", "no", "maybe"})
@@ -40,6 +42,17 @@ def score(prediction: str, answers: Sequence[str]) -> Scores:
         accuracy = any(answer and answer in found for answer in wanted)
     best_f1 = max((_f1(found, answer) for answer in wanted), default=0.0)
     return Scores(float(accuracy), float(found in wanted), best_f1)
+
+
+def score_summary(prediction: str, references: Sequence[str]) -> float:
+    """ROUGE-L (F, stemmed; rouge-score), best over the references. Raises MissingExtra."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingExtra("scoring summaries", "eval") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    best = max((scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references), default=0.0)
+    return round(float(best), 4)
 
 
 def normalise(text: str) -> str:

@@ -1,0 +1,120 @@
+"""What an evaluation leaves behind for people: a table, the figures as JSON, and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvlink_rag.errors import MissingExtra
+from kvlink_rag.evaluation.answers import summary
+from kvlink_rag.evaluation.scores import interval
+
+Row = Mapping[str, Any]
+COLUMNS = (("accuracy", "accuracy", 100), ("exact_match", "exact", 100), ("f1", "F1", 100), ("rouge_l", "ROUGE-L", 100),
+           ("nll", "NLL", 1), ("top1", "agrees", 100), ("kl", "KL", 1))  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The summary of an evaluation as a Markdown table; 95 % intervals in brackets, columns nobody has left out."""
+    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
+    left_out = any(row.get("too_long") for row in rows)
+    titles = [title for _, title, _ in columns]
+    lines = [
+        "| " + " | ".join(["data", "links", "linking", "examples", *(["too long"] * left_out), *titles]) + " |",
+        "|---|---|---|--:|" + "--:|" * (len(columns) + left_out),
+    ]
+    for row in rows:
+        cells = [row["data"], row["links"], row["linking"], str(row["examples"])]
+        cells += [str(row.get("too_long", 0))] * left_out
+        lines.append("| " + " | ".join(cells + [_cell(row, name, scale) for name, _, scale in columns]) + " |")
+    return "\n".join(lines)
+
+
+def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write summary.json, summary.md and the plots of an evaluation's rows; the files, in that order."""
+    found = summary([dict(row) for row in rows])
+    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    (folder / "summary.md").write_text(table(found) + "\n", "utf-8")
+    return [folder / "summary.json", folder / "summary.md", *_plots(rows, folder)]
+
+
+def _cell(row: Row, name: str, scale: int) -> str:
+    if name not in row:
+        return ""
+    text = f"{row[name] * scale:.1f}" if scale == 100 else f"{row[name]:.2f}"
+    if f"{name}_interval" not in row:
+        return text
+    low, high = row[f"{name}_interval"]
+    return f"{text} ({low * scale:.0f}..{high * scale:.0f})" if scale == 100 else f"{text} ({low:.2f}..{high:.2f})"
+
+
+def _plots(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Accuracy by arm and data set; by place of the gold document and by number of documents, where these vary."""
+    answered = [row for row in rows if row.get("accuracy") is not None]
+    if not answered:
+        return []
+    try:
+        from matplotlib import use
+    except ImportError as error:
+        raise MissingExtra("plotting an evaluation", "eval") from error
+    use("svg")
+    files = [_bars(answered, folder / "accuracy.svg")]
+    for name, title in (("gold", "place of the gold document"), ("num_documents", "documents")):
+        if len({row[name] for row in answered if row.get(name)}) > 1:
+            files.append(_course(answered, name, title, folder / f"accuracy_by_{name}.svg"))
+    return files
+
+
+def _bars(rows: Sequence[Row], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    arms = list(dict.fromkeys((row["links"], row["linking"]) for row in rows))
+    figure, axes = pyplot.subplots(figsize=(max(5, 1.2 * len(names) * len(arms) / 2), 3.6), layout="constrained")
+    width = 0.8 / len(arms)
+    for number, arm in enumerate(arms):
+        heights, errors = [], []
+        for name in names:
+            values = [r["accuracy"] for r in rows if r["data"] == name and (r["links"], r["linking"]) == arm]
+            mean = sum(values) / len(values) if values else 0.0
+            low, high = interval(values)
+            heights.append(mean * 100)
+            errors.append((max(0.0, mean - low) * 100, max(0.0, high - mean) * 100))
+        places = [place + (number - (len(arms) - 1) / 2) * width for place in range(len(names))]
+        label = arm[1] if len({links for links, _ in arms}) == 1 else f"{arm[1]} ({arm[0]})"
+        axes.bar(places, heights, width, yerr=list(zip(*errors, strict=True)), label=label, error_kw={"lw": 0.8})
+    axes.set_xticks(range(len(names)), [name.removesuffix(".gz").removesuffix(".jsonl") for name in names])
+    axes.set_ylabel("answers right, %")
+    axes.legend(fontsize="small", frameon=False, ncols=2)
+    return _saved(figure, axes, path)
+
+
+def _course(rows: Sequence[Row], name: str, title: str, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+    for arm in dict.fromkeys((row["links"], row["linking"]) for row in rows):
+        of_arm = [row for row in rows if (row["links"], row["linking"]) == arm and row.get(name)]
+        points = sorted({row[name] for row in of_arm})
+        means = [_mean([row["accuracy"] for row in of_arm if row[name] == point]) * 100 for point in points]
+        axes.plot(points, means, marker="o", ms=3, label=f"{arm[1]} ({arm[0]})")
+    axes.set_xlabel(title)
+    axes.set_ylabel("answers right, %")
+    axes.legend(fontsize="small", frameon=False)
+    return _saved(figure, axes, path)
+
+
+def _saved(figure: Any, axes: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(bottom=0)
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,91 @@
+// The store beside the question: its numbers, its documents, and files on their way into it.
+
+import { get, remove, upload } from "./api.js";
+import { byId, copyOf, shortName } from "./dom.js";
+
+const SHOWN = 100;
+
+export async function refresh(problem) {
+  try {
+    const [numbers, list] = await Promise.all([get("/v1/store"), get(`/v1/documents?limit=${SHOWN}`)]);
+    byId("n-documents").textContent = numbers.documents.toLocaleString("en");
+    byId("n-tokens").textContent = numbers.tokens.toLocaleString("en");
+    byId("n-bytes").textContent = bytes(numbers.bytes);
+    byId("n-rate").textContent = numbers.hit_rate === null ? "–" : `${Math.round(numbers.hit_rate * 100)} %`;
+    byId("documents").replaceChildren(...list.data.map((item) => row(item, problem)));
+    byId("more").hidden = !list.has_more;
+    byId("more").textContent = `and ${numbers.documents - list.data.length} more`;
+  } catch (error) {
+    problem(`The store cannot be shown: ${error.message}`);
+  }
+}
+
+function row(item, problem) {
+  const node = copyOf("document-template");
+  node.querySelector(".name").textContent = shortName(item.id);
+  node.querySelector(".name").title = item.id;
+  node.querySelector(".facts").textContent = `${item.chunks} ${item.chunks === 1 ? "chunk" : "chunks"}, ${item.tokens.toLocaleString("en")} tokens`;
+  const button = node.querySelector("button");
+  button.setAttribute("aria-label", `Delete ${shortName(item.id)}`);
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    try {
+      await remove(item.id);
+    } catch (error) {
+      problem(`Not deleted: ${error.message}`);
+    }
+    await refresh(problem);
+  });
+  return node;
+}
+
+function bytes(count) {
+  if (count < 2 ** 20) return `${Math.ceil(count / 2 ** 10)} KiB`;
+  return count < 2 ** 30 ? `${(count / 2 ** 20).toFixed(1)} MiB` : `${(count / 2 ** 30).toFixed(1)} GiB`;
+}
+
+export function takeFiles(problem) {
+  const input = byId("files"), drop = byId("drop");
+  input.addEventListener("change", () => { add([...input.files], problem); input.value = ""; });
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    drop.addEventListener(kind, (event) => {
+      event.preventDefault();
+      drop.classList.toggle("over", kind === "dragover");
+      if (kind === "drop") add([...event.dataTransfer.files], problem);
+    });
+  }
+}
+
+async function add(files, problem) {
+  if (!files.length) return;
+  const node = copyOf("job-template"), bar = node.querySelector("progress"), state = node.querySelector(".state");
+  node.querySelector(".name").textContent = files.length === 1 ? files[0].name : `${files.length} files`;
+  state.textContent = "sending";
+  byId("jobs").prepend(node);
+  try {
+    let job = await upload(files);
+    while (job.status === "queued" || job.status === "running") {
+      state.textContent = job.stage === "encoding" ? `chunk ${job.done} of ${job.total}` : job.stage || "waiting";
+      if (job.total) { bar.max = job.total; bar.value = job.done; }
+      await new Promise((resolve) => setTimeout(resolve, 300));
+      job = await get(`/v1/jobs/${job.id}`);
+    }
+    if (job.status === "failed") throw new Error(job.error);
+    state.textContent = `${job.report.encoded_chunks} read, ${job.report.reused_chunks} known`;
+    show(node, job.skipped);
+  } catch (error) {
+    node.classList.add("failed");
+    state.textContent = "not added";
+    show(node, [error.message]);
+  }
+  bar.remove();
+  await refresh(problem);
+}
+
+function show(node, lines) {
+  node.querySelector(".skipped").replaceChildren(...lines.map((line) => {
+    const item = document.createElement("li");
+    item.textContent = line;
+    return item;
+  }));
+}

@@ -1,0 +1,39 @@
+"""The server keeps to its own description: schemathesis against the live application.
+
+A few cases in every run; `make fuzz` sends more than 5,000.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+from serving import live
+
+from kvlink_rag.server.settings import ServerSettings
+
+MAX_EXAMPLES = os.environ.get("KVLINK_FUZZ_EXAMPLES", "2")
+# What the schema cannot say: that the last message is the user's, that a document has one text, that it all fits.
+EXCLUDED = "positive_data_acceptance"
+
+
+def test_no_request_makes_the_server_fail_or_leave_its_schema(rag, tmp_path):
+    rag.add("The ferry leaves at nine.", "The horn is called Bertha.")
+    command = [sys.executable, "-m", "schemathesis.cli", "--no-color", "run", "--max-examples", MAX_EXAMPLES]
+    command += [
+        "--generation-database",
+        "none",
+        "--request-timeout",
+        "60",
+        "--continue-on-failure",
+        "--warnings",
+        "off",
+    ]
+    command += ["--exclude-checks", EXCLUDED]
+    with live(rag, settings=ServerSettings(default_new_tokens=4, max_new_tokens=8, max_jobs=1000)) as server:
+        command.append(f"{server.url}/openapi.json")
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) generated", result.stdout)[1]) > 400
