@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED_SDPA = "kvlink_grouped_sdpa"
+UNSEEN = -1e30  # a score that no softmax lets through
 
 
 def grouped_sdpa(
@@ -80,17 +81,19 @@ class Tempering:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention of query [batch, heads, queries, head_dim] on key and value [batch, heads, keys, head_dim].
 
-        mask: float, [batch, 1, queries, keys].
+        mask: float to add, or whether it is seen, [batch, 1, queries, keys].
         """
         scores = (query @ key.transpose(-1, -2)).float() * scaling
-        if mask is not None:
-            scores = scores + mask.float()
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, UNSEEN)
+        elif mask is not None:
+            scores = scores + mask.float().clamp(min=UNSEEN)
         chosen = self.is_chunk.new_zeros(key.shape[2])
         chosen[: len(self.is_chunk)] = self.is_chunk
         tempered = scores[..., chosen] / self.temperature
         total = tempered.logsumexp(-1, keepdim=True)
         # where a query sees none of them, as in a layer whose window has passed them, their total stays as it is
-        total = torch.where(total < torch.finfo(mask.dtype if mask is not None else scores.dtype).min / 4, 0.0, total)
+        total = torch.where(total < UNSEEN / 4, 0.0, total)
         scores[..., chosen] = tempered + (self.scale - 1) * total
         return (scores.softmax(-1).to(value.dtype)) @ value
 

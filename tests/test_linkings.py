@@ -259,6 +259,19 @@ def test_parallel_tempers_the_answer_s_attention_and_nobody_else_s():
     assert torch.equal(question_logits(model, prompt, "fixed_positions"), before)
 
 
+@pytest.mark.parametrize("family", ["gemma3-window", "mistral-window", "cohere2-nope"])
+def test_a_whole_answer_is_tempered_where_windows_have_passed_the_chunks(family):
+    """At temperature and scale 1 it is the answer without, word for word, windows or not."""
+    model = model_of(family)
+    prompt = random_prompt(1, 3)
+    settings = GenerationSettings(max_new_tokens=12)
+    found = [
+        generate(model, linked(model, prompt, linking, room=16), settings, lambda text: None).token_ids
+        for linking in ("parallel@1:1", "fixed_positions")
+    ]
+    assert found[0] == found[1]
+
+
 def test_parallel_says_which_models_it_cannot_serve():
     with pytest.raises(BadInput, match="sdpa"):
         linked(model_of("gpt-oss"), random_prompt(1, 2), "parallel")
