@@ -33,8 +33,8 @@ LENGTHS = (500, 1000, 2000)  # tokens of context on the clock
 # A linking passes if it predicts what a full prefill predicts at so many of an answer's tokens, and holds accepted
 # answers no less likely than by so much. Between the two lie what ships (passes) and chunks that were never moved or
 # are joined by random links (fail): docs/evaluation.md has the figures.
-MIN_AGREEMENT = 0.70
-MAX_NLL_GAP = 0.35  # nats a token
+MIN_AGREEMENT = 0.95
+MAX_NLL_GAP = 0.10  # nats a token
 MIN_EXACT = 0.98
 Progress = Callable[[str, int, int], None]
 
