@@ -17,6 +17,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN_HERE = (
     "kvlink bench",
     "kvlink chat",
+    "kvlink check",
     "kvlink eval",
     "kvlink serve",
     "kvlink train",

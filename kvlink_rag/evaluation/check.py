@@ -34,7 +34,7 @@ LENGTHS = (500, 1000, 2000)  # tokens of context on the clock
 # answers no less likely than by so much. Between the two lie what ships (passes) and chunks that were never moved or
 # are joined by random links (fail): docs/evaluation.md has the figures.
 MIN_AGREEMENT = 0.95
-MAX_NLL_GAP = 0.10  # nats a token
+MAX_NLL_GAP = 0.05  # nats a token
 MIN_EXACT = 0.98
 Progress = Callable[[str, int, int], None]
 
