@@ -87,7 +87,6 @@ def _bars(rows: Sequence[Row], path: Path) -> Path:
         axes.bar(places, heights, width, yerr=list(zip(*errors, strict=True)), label=label, error_kw={"lw": 0.8})
     axes.set_xticks(range(len(names)), [name.removesuffix(".gz").removesuffix(".jsonl") for name in names])
     axes.set_ylabel("answers right, %")
-    axes.legend(fontsize="small", frameon=False, ncols=2)
     return _saved(figure, axes, path)
 
 
@@ -102,13 +101,13 @@ def _course(rows: Sequence[Row], name: str, title: str, path: Path) -> Path:
         axes.plot(points, means, marker="o", ms=3, label=f"{arm[1]} ({arm[0]})")
     axes.set_xlabel(title)
     axes.set_ylabel("answers right, %")
-    axes.legend(fontsize="small", frameon=False)
     return _saved(figure, axes, path)
 
 
 def _saved(figure: Any, axes: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
+    figure.legend(loc="outside upper center", fontsize="small", frameon=False, ncols=4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(bottom=0)
     figure.savefig(path)
