@@ -90,10 +90,10 @@ def verdict(**agreements):
 
 
 def test_the_fastest_safe_linking_is_recommended():
-    safe = verdict(link_tokens=(0.95, 0.05, 0.3), plain=(0.9, 0.1, 0.2), recompute_first=(0.2, 0.1, 0.1))
+    safe = verdict(link_tokens=(0.98, 0.01, 0.3), plain=(0.96, 0.02, 0.2), recompute_first=(0.2, 0.01, 0.1))
     assert safe.is_safe and safe.recommended == "plain" and "faster" in safe.advice
-    assert verdict(link_tokens=(0.95, 0.05, 0.3)).advice == "link_tokens is safe to use for this model here"
-    unsafe = verdict(link_tokens=(0.2, 0.05, 0.3), recompute_first=(0.95, 0.1, 0.5))
+    assert verdict(link_tokens=(0.98, 0.01, 0.3)).advice == "link_tokens is safe to use for this model here"
+    unsafe = verdict(link_tokens=(0.2, 0.01, 0.3), recompute_first=(0.98, 0.01, 0.5))
     assert not unsafe.is_safe and "recompute_first" in unsafe.advice
     assert verdict(link_tokens=(0.95, 9.0, 0.3)).recommended == "full"
     assert json.loads(json.dumps(safe.to_json()))["recommended"] == "plain"

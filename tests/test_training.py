@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, build
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.joining import LinkRequest
 from kvlink_rag.kv_source import KVSource
-from kvlink_rag.linking import full, link_tokens
+from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.prompt import build_prompt
 from kvlink_rag.store.disk import DiskStore
@@ -98,7 +98,7 @@ def first_places(layout):
 def test_a_training_step_predicts_what_serving_predicts(model, source, trainable, causal):
     """For every family, over stored KV and all at once, both turns in one forward."""
     links = random_links(model)
-    expected = served(model, source, links, full if causal else link_tokens)
+    expected = served(model, source, links, get_linking("full" if causal else "link_tokens"))
     step = step_for(model, source, causal=causal)
     learner = Learner(model, source, links, trainable=trainable)
     learner.train()
