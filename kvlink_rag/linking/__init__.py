@@ -7,7 +7,7 @@ divided by colons: recompute_deviation@0.3, parallel@0.9:0.8.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 from kvlink_rag.config import AUTO
 from kvlink_rag.errors import BadInput
@@ -34,7 +34,7 @@ LINKINGS: dict[str, Callable[..., Linking]] = {
 WITHOUT_TRAINING = "recompute_first"  # what "auto" stands for where no links were trained
 
 
-@cache
+@lru_cache(maxsize=64)  # names come from callers, also over the network
 def get_linking(name: str) -> Linking:
     """The linking of that name, with the settings behind its @. Raises BadInput."""
     kind, _, settings = name.partition("@")
