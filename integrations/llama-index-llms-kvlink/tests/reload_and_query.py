@@ -16,7 +16,7 @@ persist_dir, question = Path(sys.argv[1]), sys.argv[2]
 llama_index.core.global_tokenizer = lambda text: list(text.encode())
 Settings.embed_model = WordEmbedding()
 index = load_index_from_storage(StorageContext.from_defaults(persist_dir=str(persist_dir)))
-engine = KVLinkEngine(build("llama", max_position_embeddings=8192), store=kv_folder(persist_dir))
+engine = KVLinkEngine(build("llama", max_position_embeddings=8192), store=kv_folder(persist_dir), linking="link_tokens")
 llm = KVLinkLLM(engine=engine, max_new_tokens=8)
 with watch_reuse() as reports:
     answer = str(index.as_query_engine(llm=llm).query(question))
