@@ -18,10 +18,12 @@ from kvlink_rag.cli_options import (
     Json,
     Links,
     Model,
+    Namespace,
+    Precision,
     loaded,
     loaded_model,
 )
-from kvlink_rag.config import AUTO
+from kvlink_rag.config import AUTO, PUBLIC
 from kvlink_rag.console import notes, progress_bar
 from kvlink_rag.errors import BadInput
 
@@ -42,6 +44,8 @@ def check(
     embedder: Embedder = DEFAULT_EMBEDDER_NAME,
     links: Links = None,
     adapter: Adapter = None,
+    precision: Precision = "model",
+    namespace: Namespace = PUBLIC,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -52,6 +56,8 @@ def check(
     from kvlink_rag.questions import own_questions
 
     resolve_linking(linking, has_links=False)
+    if linking == "full":
+        raise BadInput("full is what a check holds the others against; name another linking")
     if data is not None and store is not None:
         raise BadInput("give --data or --store, not both: the questions are the file's, or made from the store")
     given = read_data(data, questions) if data is not None else None
@@ -64,7 +70,15 @@ def check(
         names = [resolve_linking(linking, has_links=checkpoint is not None), *BESIDE]
         examples = (given if given is not None else own_questions())[:questions]
         with progress_bar() as progress:
-            verdict = run_check(language_model, link_tokens, examples, names, repeats=repeats, progress=progress)
+            verdict = run_check(
+                language_model,
+                link_tokens,
+                examples,
+                names,
+                precision=precision,
+                repeats=repeats,
+                progress=progress,
+            )
     else:
         from kvlink_rag.maintenance import remember_check
         from kvlink_rag.training.study import study
@@ -80,6 +94,8 @@ def check(
                 dtype=dtype,
                 device=device,
                 linking=linking,
+                precision=precision,
+                namespace=namespace,
             ) as rag,
             progress_bar() as progress,
         ):
@@ -89,7 +105,7 @@ def check(
                 rag.links,
                 examples,
                 [rag.linking, *BESIDE],
-                encoder=rag.encoder,
+                precision=precision,
                 repeats=repeats,
                 progress=progress,
             )

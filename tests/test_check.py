@@ -106,6 +106,19 @@ def test_a_check_of_a_tiny_random_model_fails(tiny):
     assert found.linkings[0].linking == "fixed_positions" and len(found.full_ttft_s) == len(found.lengths)
     with pytest.raises(BadInput, match="no question"):
         checking.check(tiny, LinkTokens.untrained(tiny), [], ["plain"])
+    with pytest.raises(BadInput, match="holds the others against"):
+        checking.check(tiny, LinkTokens.untrained(tiny), own_questions()[:1], ["full"])
+
+
+def test_fewer_bits_at_rest_are_what_is_checked(tiny):
+    def found(precision):
+        return checking.check(
+            tiny, LinkTokens.untrained(tiny), own_questions()[:1], ["plain"], precision=precision, repeats=1
+        )
+
+    whole, packed = found("model"), found("int4")
+    assert packed.fingerprint != whole.fingerprint and packed.kv_bytes_per_token < whole.kv_bytes_per_token / 3
+    assert packed.linkings[0].kl != whole.linkings[0].kl
 
 
 def test_a_store_remembers_what_its_last_check_said(tiny, tmp_path, caplog):

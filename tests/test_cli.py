@@ -246,3 +246,5 @@ def test_check_says_what_it_cannot_check(kvlink, tmp_path):
     assert code == 1 and "none.jsonl" in err
     code, _, err = kvlink("check", "--linking", "magic")
     assert code == 1 and "magic" in err
+    code, _, err = kvlink("check", "--linking", "full")
+    assert code == 1 and "holds the others against" in err

@@ -25,10 +25,12 @@ from kvlink_rag.evaluation.ttft import median_ttfts
 from kvlink_rag.generation import predict
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
+from kvlink_rag.packing import Precision
 from kvlink_rag.questions import Example
 from kvlink_rag.rag import KVLinkRAG
 from kvlink_rag.training.layout import Turn, lay_out
 
+CHUNK_TOKENS = 200  # a typical chunk, for bytes a token
 LENGTHS = (500, 1000, 2000)  # tokens of context on the clock
 # A linking passes if it predicts what a full prefill predicts at so many of an answer's tokens, and holds accepted
 # answers no less likely than by so much. Between the two lie what ships (passes) and chunks that were never moved or
@@ -132,22 +134,27 @@ def check(
     examples: Sequence[Example],
     linkings: Sequence[str],
     *,
-    encoder: Encoder | None = None,
+    precision: str = "model",
     repeats: int = 3,
     progress: Progress = lambda stage, done, total: None,
 ) -> Verdict:
-    """Hold `linkings` against a full prefill; the verdict is on the first. Raises BadInput without examples."""
+    """Hold `linkings` against a full prefill; the verdict is on the first. precision: of stored KV.
+
+    Raises BadInput without examples, and where a full prefill is to be held against itself.
+    """
     if not examples:
         raise BadInput("there is no question to check with")
-    encoder = encoder or Encoder(model)
-    linkings = [linking for linking in dict.fromkeys(linkings) if linking != "full"] or ["plain"]
+    linkings = list(dict.fromkeys(linkings))
+    if "full" in linkings:
+        raise BadInput("full is what a check holds the others against; name another linking")
+    encoder = Encoder(model, precision=Precision.parse(precision))
 
     def quality() -> tuple[Exactness, dict[str, Closeness]]:
         return exactness(encoder, links, examples[0]), compare(encoder, links, examples, linkings, progress)
 
     exact, found = compute.run(lambda job: quality())
     lengths = tuple(length for length in LENGTHS if length < model.max_positions - 64)
-    clocks = _clocks(model, links, ["full", *linkings], lengths, repeats, progress)
+    clocks = _clocks(model, links, precision, ["full", *linkings], lengths, repeats, progress)
     return Verdict(
         model=model.public_name,
         fingerprint=encoder.fingerprint,
@@ -156,7 +163,7 @@ def check(
         lengths=lengths,
         full_ttft_s=clocks["full"],
         linkings=tuple(_linking(name, found[name], lengths, clocks) for name in linkings),
-        kv_bytes_per_token=model.kv_shape.bytes_per_token,
+        kv_bytes_per_token=encoder.precision.nbytes(model.kv_shape, CHUNK_TOKENS) // CHUNK_TOKENS,
     )
 
 
@@ -191,6 +198,7 @@ def exactness(encoder: Encoder, links: LinkTokens, example: Example) -> Exactnes
 def _clocks(
     model: LanguageModel,
     links: LinkTokens,
+    precision: str,
     linkings: Sequence[str],
     lengths: Sequence[int],
     repeats: int,
@@ -202,7 +210,7 @@ def _clocks(
     for number, length in enumerate(lengths):
         with (
             tempfile.TemporaryDirectory(prefix="kvlink-check-") as folder,
-            KVLinkRAG(model, embedder, folder, links=links) as rag,
+            KVLinkRAG(model, embedder, folder, links=links, precision=precision) as rag,
         ):
             report = partial(_report, progress, number * (repeats + 1), total)
             rows.append(median_ttfts(rag, linkings, length, repeats, report))

@@ -131,7 +131,7 @@ def fill(rag: KVLinkRAG, texts: list[str]) -> float:
     kvs = dict(rag.encoder.encode(ids))
     seconds = time.perf_counter() - started
     for kv in kvs.values():
-        rag.kvs.put(kv)
+        rag.kvs.put(rag.kvs.at_rest(kv))
     chunks = [
         IndexedChunk(Chunk(text, "bench", place), len(ids[place]), rag.encoder.fingerprint, rag.kvs.key(ids[place]))
         for place, text in enumerate(texts)
