@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from kvlink_rag.compute import compute
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.encoding import Encoder
@@ -252,11 +250,3 @@ def break_even(lengths: Sequence[int], full_s: Sequence[float], linked_s: Sequen
     (first, below), (second, above) = zip(lengths[place : place + 2], saved[place : place + 2], strict=True)
     slope = (above - below) / (second - first)
     return max(0, round(first - below / slope)) if slope > 0 else first
-
-
-def random_links(links: LinkTokens, seed: int = 0) -> LinkTokens:
-    """Links of the same sizes that mean nothing: what a check must not let pass."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(links.embeddings.shape, generator=generator).to(links.embeddings)
-    scale = links.embeddings.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-    return LinkTokens(noise * scale, "random")

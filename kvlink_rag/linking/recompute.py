@@ -22,7 +22,7 @@ from kvlink_rag.joining import LinkRequest, pend_question, place_all
 @dataclass(frozen=True)
 class Placed:
     """A context whose chunks stand at their positions. spans: (start, stop) of each chunk; texts: places of the text
-    between prefix and question, [tokens]; questions: places of the question, [tokens]."""
+    between prefix and question, [tokens]; question: places of the question, [tokens]."""
 
     request: LinkRequest
     context: Context
