@@ -90,15 +90,30 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
         return 0
 
 
-class KeysOnly(DynamicLayer):  # type: ignore[misc]
-    """A layer that ends the forward as soon as it has its keys."""
+class ChunkLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer of chunks that are read alone: keeps their KV, and shows each of them `prefix` before it.
 
-    class Reached(Exception):
-        """The keys are there."""
+    prefix: keys and values [1, kv_heads, tokens, head_dim]. ends: the forward ends here, as soon as the KV is there.
+    """
+
+    class Ended(Exception):
+        """The KV is there."""
+
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None = None, *, ends: bool = False):
+        super().__init__()
+        self._prefix, self._ends = prefix, ends
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys = key_states
-        raise self.Reached
+        self.keys, self.values = key_states, value_states
+        if self._ends:
+            raise self.Ended
+        if self._prefix is None:
+            return key_states, value_states
+        keys, values = (before.expand(len(key_states), -1, -1, -1) for before in self._prefix)
+        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+    def get_seq_length(self) -> int:
+        return 0 if self._prefix is None else self._prefix[0].shape[2]
 
 
 class ContextBuffers:

@@ -18,8 +18,8 @@ MAX_PREFIXES = 8  # system messages whose KV is kept in memory
 class KVSource:
     """Gives chunks and prompt prefixes their KV."""
 
-    def __init__(self, encoder: Encoder, kvs: KVStore, *, canonical: bool = True):
-        self._encoder, self._kvs, self._canonical = encoder, kvs, canonical
+    def __init__(self, encoder: Encoder, kvs: KVStore):
+        self._encoder, self._kvs = encoder, kvs
         self._prefixes: dict[tuple[int, ...], KV] = {}
         self._said_unwritable = False
 
@@ -44,7 +44,7 @@ class KVSource:
         """Compute and store chunks. They are used exactly as they would read back, whatever precision is stored."""
         wanted = list(dict.fromkeys(chunk_ids))
         encoded: dict[tuple[int, ...], StoredKV] = {}
-        for number, computed in self._encoder.encode(wanted, canonical=self._canonical):
+        for number, computed in self._encoder.encode(wanted):
             encoded[wanted[number]] = kv = self._kvs.at_rest(computed)
             if keep:
                 self._keep(kv)

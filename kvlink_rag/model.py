@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from kvlink_rag import attention, probe
-from kvlink_rag.context import ContextBuffers, KeysOnly
+from kvlink_rag.context import ChunkLayer, ContextBuffers
 from kvlink_rag.default_models import DEFAULT_MODEL, GGUF_DIGEST, cache_folder, default_model_folder
 from kvlink_rag.errors import BadInput, CheckpointMismatch, UnsupportedModel
 from kvlink_rag.kv import KVShape
@@ -73,9 +73,10 @@ class LanguageModel:
                 weights_of.set_attn_implementation(attention.GROUPED_SDPA)
         proof = probe.prove(hf, self._probe_forward)
         self.rope = proof.rope
+        self.num_layers = proof.rope.num_layers
         self.max_positions = proof.max_positions
         self.kv_shape = KVShape(
-            proof.rope.num_layers, proof.num_kv_heads, proof.head_dim, proof.value_dim, self.dtype, self.device
+            self.num_layers, proof.num_kv_heads, proof.head_dim, proof.value_dim, self.dtype, self.device
         )
         self.buffers = ContextBuffers(self.kv_shape)
 
@@ -175,17 +176,28 @@ class LanguageModel:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @torch.inference_mode()
-    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, ids: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, batch, kv_heads, tokens, head_dim] of rows of ids [batch, tokens], each alone.
 
-        Keys stand at positions 0..tokens-1, as the model wrote them.
+        prefix: keys and values [layers, 1, kv_heads, prefix tokens, head_dim] as this returned them, which every row
+        sees before it. Keys are as the model wrote them, at positions from 0, or from the prefix's end, on.
         """
-        cache = DynamicCache()
-        positions = torch.arange(ids.shape[1], device=self.device)[None].expand(ids.shape[0], -1)
-        self.hf.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{self.cache_argument: cache})
-        return torch.stack([layer.keys for layer in cache.layers]), torch.stack(
-            [layer.values for layer in cache.layers]
-        )
+        before = [None] * self.num_layers if prefix is None else list(zip(*prefix, strict=True))
+        layers = [ChunkLayer(kv, ends=place == self.num_layers - 1) for place, kv in enumerate(before)]
+        start = layers[0].get_seq_length()
+        places = torch.arange(start, start + ids.shape[1], device=self.device)
+        mask = None if prefix is None else self.position_mask(places, start + ids.shape[1])
+        self._run_to_end(ids, places, mask, Cache(layers=layers))
+        return torch.stack([layer.keys for layer in layers]), torch.stack([layer.values for layer in layers])
+
+    def _run_to_end(self, ids: Tensor, places: Tensor, mask: Any, cache: Cache) -> None:
+        """Run rows of ids [batch, tokens] at places [tokens] up to the layer of `cache` that ends the forward."""
+        inputs = {"input_ids": ids, "position_ids": places[None].expand(len(ids), -1), self.cache_argument: cache}
+        try:
+            self.hf.base_model(**inputs, attention_mask=mask, use_cache=True)
+        except ChunkLayer.Ended:
+            return
+        raise AssertionError("the model has fewer layers than its cache")
 
     @torch.inference_mode()
     def read(self, ids: Tensor, cache: Cache, places: Tensor | None = None) -> None:
@@ -204,14 +216,9 @@ class LanguageModel:
     @torch.inference_mode()
     def first_keys(self, ids: Tensor, layer: int) -> Tensor:
         """Keys [kv_heads, tokens, head_dim] of one layer in a full prefill of ids [1, tokens], which ends there."""
-        wanted = KeysOnly()
-        cache = Cache(layers=[*(DynamicLayer() for _ in range(layer)), wanted])
-        positions = torch.arange(ids.shape[1], device=self.device)[None]
-        try:
-            self.hf.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{self.cache_argument: cache})
-        except KeysOnly.Reached:
-            return wanted.keys[0]  # type: ignore[no-any-return]
-        raise AssertionError("the model has fewer layers")
+        layers = [*(ChunkLayer() for _ in range(layer)), ChunkLayer(ends=True)]
+        self._run_to_end(ids, torch.arange(ids.shape[1], device=self.device), None, Cache(layers=layers))
+        return layers[-1].keys[0]
 
     @torch.inference_mode()
     def attention_on(self, ids: Tensor, places: Tensor, cache: Cache, num_last: int) -> Tensor:

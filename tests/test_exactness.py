@@ -12,6 +12,7 @@ from conftest import ROOT
 from oracle import masked_logits
 from tiny_models import FAMILIES, VOCAB_SIZE, build
 
+from kvlink_rag import encoding
 from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.generation import generate
@@ -148,8 +149,10 @@ def test_an_encoding_prefix_is_exact_against_one_copy_per_chunk(family):
     assert (linked - expected[computed]).abs().max() < 1e-4
 
 
-def test_company_and_padding_do_not_change_a_chunks_kv():
+@pytest.mark.parametrize("shape", [(1, 1), (4, 32)], ids=["as on a CPU", "as elsewhere"])
+def test_company_and_padding_do_not_change_a_chunks_kv(shape, monkeypatch):
     """A chunk's KV is the same to the last bit alone, in any batch and at any place in it."""
+    monkeypatch.setattr(encoding, "canonical_shape", lambda device: shape)
     model = model_of("llama")
     encoder = Encoder(model, encoding_prefix="")
     rng = random.Random(2)
@@ -163,6 +166,20 @@ def test_company_and_padding_do_not_change_a_chunks_kv():
         with torch.inference_mode():
             unpadded = model.hf(torch.tensor([ids]), use_cache=True)[1]
         torch.testing.assert_close(alone.values[-1], unpadded.layers[-1].values[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_padded_behind_a_prefix_are_exact(family, monkeypatch):
+    """Chunks of several lengths in one batch, as on a GPU, hold what each holds alone."""
+    model = model_of(family)
+    rng = random.Random(3)
+    chunks = [random_ids(rng, length) for length in (5, 12, 19, 26)]
+    alone = dict(Encoder(model).encode(chunks))
+    monkeypatch.setattr(encoding, "canonical_shape", lambda device: (4, 32))
+    together = dict(Encoder(model).encode(chunks))
+    for index, kv in alone.items():
+        torch.testing.assert_close(together[index].keys, kv.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together[index].values, kv.values, atol=1e-4, rtol=1e-4)
 
 
 def test_in_its_own_precision_the_default_model_agrees_with_the_masked_forward(smollm):

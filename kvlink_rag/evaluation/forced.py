@@ -30,7 +30,7 @@ class Forcing:
     def chunks(self, prompt: Prompt) -> list[StoredKV]:
         """KV of the prompt's chunks, in order, up to rounding as a store would give it."""
         precision = self._encoder.precision
-        kvs = {place: precision.at_rest(kv) for place, kv in self._encoder.encode(prompt.chunk_ids, canonical=False)}
+        kvs = {place: precision.at_rest(kv) for place, kv in self._encoder.encode(prompt.chunk_ids)}
         return [kvs[place] for place in range(len(kvs))]
 
     def context(self, prompt: Prompt, kvs: Sequence[StoredKV], linking: str, room: int) -> Context:

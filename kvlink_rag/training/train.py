@@ -100,7 +100,7 @@ def _train(
     with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
         # under a name of its own: encoded in any company, so never to be served
         kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
-        source = KVSource(encoder, kvs, canonical=False)
+        source = KVSource(encoder, kvs)
         learner = Learner(model, source, links, trainable=settings.trainable, lora=lora)
         log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
     about = {
