@@ -75,6 +75,24 @@ def decode(
         say(run_decode(language_model, context, repeats, progress), as_json)
 
 
+@bench_app.command()
+def ingest(
+    documents: Annotated[int, typer.Option(help="Files to add.", min=1)] = 8,
+    words: Annotated[int, typer.Option(help="Words in each.", min=1)] = 800,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs.", min=1)] = 5,
+    model: Model = DEFAULT_MODEL_NAME,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Speed of adding documents against the model's raw prefill; and of adding them again, unchanged."""
+    from kvlink_rag.evaluation.ingest import run_ingest
+
+    language_model, _ = loaded_model(model, dtype, device)
+    with progress_bar() as progress:
+        say(run_ingest(language_model, documents, words, repeats, progress), as_json)
+
+
 def evaluate(
     data: Annotated[
         list[str], typer.Option("--data", help="Question files, or sample: 24 that come along; repeatable.")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -231,17 +232,21 @@ class Ingestion:
         )
 
     def _run(self, works: list[_Work], to_encode: dict[str, tuple[int, ...]], report: Progress) -> int:
-        """Encode, store and index group by group; returns the bytes written."""
+        """Encode, store and index group by group; the bytes written. KV is on the disk before its index row is."""
         left = dict(to_encode)
         written = done = 0
-        for group in _groups(works):
-            wanted = [c.kv_key for work in group for c in work.chunks if c.kv_key in left]
-            ids = [left.pop(key) for key in dict.fromkeys(wanted)]
-            for _, kv in self._encoder.encode(ids):
-                written += self._kvs.put(self._kvs.at_rest(kv))
-                done += 1
-                report("encoding", done, len(to_encode))
-            self._index_group(group)
+        with ThreadPoolExecutor(1, "kvlink-writer") as writer:  # one chunk is written while the next is encoded
+            for group in _groups(works):
+                wanted = [c.kv_key for work in group for c in work.chunks if c.kv_key in left]
+                ids = [left.pop(key) for key in dict.fromkeys(wanted)]
+                write: Future[int] | None = None
+                for _, kv in self._encoder.encode(ids):
+                    written += write.result() if write else 0
+                    write = writer.submit(self._kvs.put, self._kvs.at_rest(kv))
+                    done += 1
+                    report("encoding", done, len(to_encode))
+                written += write.result() if write else 0
+                self._index_group(group)
         return written
 
     def _index_group(self, group: Sequence[_Work]) -> None:
