@@ -80,6 +80,11 @@ def test_the_table_of_models_is_what_the_tests_prove():
     assert models_page.PAGE.read_text("utf-8") == models_page.page(), "run: make fix"
 
 
+def test_every_page_stands_in_the_navigation_once():
+    named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
 def test_every_example_is_named_in_the_docs():
     text = (ROOT / "README.md").read_text("utf-8") + (ROOT / "docs" / "index.md").read_text("utf-8")
     names = [path.stem for path in (ROOT / "examples").glob("*.py")]
