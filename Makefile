@@ -29,6 +29,7 @@ fix: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/python tests/cli_page.py
+	$(BIN)/python tests/models_page.py
 
 check: install
 	$(BIN)/ruff format --check .
@@ -51,10 +52,11 @@ stress: install  ## 1,000 killed writers, 10 minutes of stopped and killed proce
 	$(BIN)/python tests/store_fuzz.py 100000 1; status=$$?; rm -r $$folder; exit $$status
 
 fuzz: install  ## more than 5,000 requests by schemathesis against the live server, minutes long
-	KVLINK_FUZZ_EXAMPLES=400 $(BIN)/pytest tests/test_server_schema.py
+	KVLINK_FUZZ_EXAMPLES=600 $(BIN)/pytest -rP tests/test_server_schema.py
 
-load: install  ## three times as many clients as places for two minutes
+load: install  ## three times as many clients as places for two minutes; one stream and eight; clients that leave
 	$(BIN)/python tests/load_server.py
+	$(BIN)/python tests/measure_server.py
 
 docs: install  ## build the docs into site/, strictly; their code blocks run in the tests
 	$(BIN)/mkdocs build --strict --quiet

@@ -51,7 +51,8 @@ def show(linked: Answer, full: Answer) -> None:
         chunk = source.hit.chunk
         how = "reused" if source.reused else "computed"
         console.print(
-            f"    {source.hit.score:.2f}  {Path(chunk.document_id).name} #{chunk.position}  {how}", style="dim"
+            f"    {source.hit.score:.2f}  {Path(chunk.document_id).name}, chunk {chunk.position + 1}: {how}",
+            style="dim",
         )
     linked_s, full_s = linked.timings.ttft_s, full.timings.ttft_s
     console.print(

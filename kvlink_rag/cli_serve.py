@@ -79,6 +79,8 @@ def serve(
     ) as rag:
 
         def say(url: str) -> None:
-            notes.print(f"{rag.model.public_name} on {url} (the page), {url}/v1 (OpenAI's API); Ctrl-C ends it")
+            notes.print(
+                f"{rag.model.public_name} on {url} (the page), {url}/v1 (OpenAI's API); Ctrl-C ends it", soft_wrap=True
+            )
 
         serve_until_signal(rag, host=host, port=port, keys=keys, settings=settings, on_start=say)

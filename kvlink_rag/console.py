@@ -81,7 +81,7 @@ def say_sources(answer: Answer) -> None:
         how = "reused" if source.reused else "computed"
         shown = f"{score:.2f}" if score is not None else "    "
         notes.print(
-            f"  {shown}  {_short(chunk.document_id)} #{chunk.position}  {source.num_tokens} tokens, {how}",
+            f"  {shown}  {_short(chunk.document_id)}, chunk {chunk.position + 1}: {source.num_tokens} tokens, {how}",
             style="dim", markup=False, soft_wrap=True,
         )  # fmt: skip
     if answer.left_out:

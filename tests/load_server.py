@@ -1,14 +1,13 @@
 """A bounded load on a server of our own, on this machine only: `python tests/load_server.py [SECONDS]` (`make load`).
 
 Three times as many clients as the server has places ask without pause. Shown: every status, the server's memory, and
-the time of a single question before, during and after; then the tokens a second of one stream and of eight.
+the time of a single question before and after. Streams, and clients that leave, are measured by `measure_server.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import httpx
+from serving import wait_until_ready
 
 PLACES = 4 + 16  # under way and waiting, as `kvlink serve` has them
 PORT = 8765
@@ -28,15 +28,15 @@ def rss_mib(pid: int) -> float:
     return next(int(words[1]) / 1024 for words in fields if words[0] == "VmRSS:")
 
 
-def body(number: int, max_tokens: int = 8) -> dict:
+def body(number: int) -> dict:
     documents = [f"Cage {number % 50} holds a canary.", f"Cage {number % 7} holds a gull."]
     messages = [{"role": "user", "content": f"What does cage {number % 50} hold?"}]
-    return {"model": "tiny-llama", "messages": messages, "documents": documents, "max_tokens": max_tokens}
+    return {"model": "tiny-llama", "messages": messages, "documents": documents, "max_tokens": 8}
 
 
-async def ask(client: httpx.AsyncClient, number: int, max_tokens: int = 8) -> tuple[int, float]:
+async def ask(client: httpx.AsyncClient, number: int) -> tuple[int, float]:
     started = time.perf_counter()
-    response = await client.post("/v1/chat/completions", json=body(number, max_tokens))
+    response = await client.post("/v1/chat/completions", json=body(number))
     return response.status_code, time.perf_counter() - started
 
 
@@ -62,20 +62,9 @@ async def load(client: httpx.AsyncClient, seconds: float, pid: int) -> tuple[col
     return statuses, memory
 
 
-async def throughput(client: httpx.AsyncClient, num_streams: int) -> float:
-    started = time.perf_counter()
-    await asyncio.gather(*(ask(client, number, 200) for number in range(num_streams)))
-    return num_streams * 200 / (time.perf_counter() - started)
-
-
 async def measure(seconds: float, pid: int) -> bool:
     url, limits = f"http://127.0.0.1:{PORT}", httpx.Limits(max_connections=200)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        for _ in range(600):
-            with contextlib.suppress(httpx.ConnectError):
-                if (await client.get("/readyz")).status_code == 200:
-                    break
-            await asyncio.sleep(0.1)
         await load(client, min(20.0, seconds / 4), pid)  # warm up: everything has been used once
         before = statistics.median([(await ask(client, number))[1] for number in range(20)])
         statuses, memory = await load(client, seconds, pid)
@@ -85,11 +74,9 @@ async def measure(seconds: float, pid: int) -> bool:
         recovered = time.perf_counter() - started
         quarter = len(memory) // 4
         growth = statistics.mean(memory[-quarter:]) / statistics.mean(memory[:quarter]) - 1
-        one, eight = await throughput(client, 1), await throughput(client, 8)
     print(f"{seconds:.0f} s with {3 * PLACES} clients for {PLACES} places: {dict(statuses)}")
     print(f"memory {memory[0]:.0f} MiB at first, {memory[-1]:.0f} at last, {max(memory):.0f} at most: {growth:+.1%}")
     print(f"a question took {before:.3f} s before; back below twice that {recovered:.1f} s after the load")
-    print(f"one stream {one:.0f} tokens/s, eight together {eight:.0f} tokens/s")
     return set(statuses) <= {200, 429, 503} and abs(growth) <= 0.05 and recovered <= 10
 
 
@@ -99,6 +86,7 @@ def main() -> None:
         command = [sys.executable, str(HERE / "serving.py"), f"{folder}/store", str(PORT)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
             try:
+                wait_until_ready(server, f"http://127.0.0.1:{PORT}")
                 is_good = asyncio.run(measure(seconds, server.pid))
             finally:
                 server.terminate()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +39,24 @@ class Live:
         return {"model": self.model, "messages": [{"role": "user", "content": question}], "max_tokens": 8, **fields}
 
 
-def wait_until(condition):
+def wait_until(condition, seconds=60):
     """Come back once `condition` holds; give up, loudly, after a minute."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < until, "it never came to be"
         time.sleep(0.01)
     return value
+
+
+def wait_until_ready(process, url):
+    """Come back once the server that `process` is answers there."""
+
+    def is_ready():
+        assert process.poll() is None, f"the server ended with {process.returncode}"
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{url}/readyz").status_code == 200
+
+    wait_until(is_ready, 600)
 
 
 @contextmanager

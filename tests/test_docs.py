@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import cli_page
+import models_page
 import pytest
 from conftest import ROOT
 
@@ -73,6 +74,15 @@ def test_make_targets_and_commands_named_exist(page):
 
 def test_the_command_s_page_is_what_help_says():
     assert cli_page.PAGE.read_text("utf-8") == cli_page.page(), "run: make fix"
+
+
+def test_the_table_of_models_is_what_the_tests_prove():
+    assert models_page.PAGE.read_text("utf-8") == models_page.page(), "run: make fix"
+
+
+def test_every_page_stands_in_the_navigation_once():
+    named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_every_example_is_named_in_the_docs():

@@ -81,6 +81,15 @@ def test_a_file_is_added_asked_about_and_deleted(page, server):
     expect(page.locator("#n-documents")).to_have_text("2")
 
 
+def test_a_newcomer_is_told_what_to_do_first(page, server):
+    expect(page.locator("#welcome")).to_contain_text("Ask about the documents")
+    with server.client() as client:
+        for document in client.get("/v1/documents").json()["data"]:
+            client.delete(f"/v1/documents/{document['id']}")
+    page.reload()
+    expect(page.locator("#welcome")).to_have_text("Add a document, then ask about it.")
+
+
 def test_dropped_files_are_added(page):
     transfer = page.evaluate_handle(
         "() => { const t = new DataTransfer(); t.items.add(new File(['The mole is long.'], 'mole.txt')); return t; }"

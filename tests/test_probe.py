@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, build_kind, byte_tokenizer
+from tiny_models import FAMILIES, PROBE_ONLY, REFUSED, build, build_kind, byte_tokenizer
 
 from kvlink_rag.errors import UnsupportedModel
 from kvlink_rag.model import LanguageModel
 
-MLA = {
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
-    "num_key_value_heads": 4, "first_k_dense_replace": 1,
-}  # fmt: skip
-LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
-    "original_max_position_embeddings": 64, "factor": 4.0,
-}  # fmt: skip
-REFUSED = {
-    "learned-positions": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}, "learned position embeddings"),
-    "alibi-bloom": ("Bloom", {"n_layer": 2, "n_head": 4}, "ALiBi"),
-    "alibi-mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, "ALiBi"),
-    "latent-attention": ("DeepseekV3", MLA, "latent attention"),
-    "recurrent": ("Mamba", {"state_size": 4}, "recurrent"),
-    "convolution": ("Lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "of type conv"),
-    "linear-attention-hybrid": ("Jamba", {"num_experts": 2, "mamba_d_state": 4}, "linear_attention"),
-}  # fmt: skip
+
+def probed(case):
+    kind, options = PROBE_ONLY[case]
+    return LanguageModel(build_kind(kind, **options), byte_tokenizer())
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -49,10 +35,7 @@ def test_a_fixed_sinusoid_table_is_refused_until_the_model_gives_its_angles():
 
 def test_length_dependent_rope_is_served_only_below_its_threshold():
     """longrope changes its angles beyond the original length; up to there stored keys can be moved."""
-    model = LanguageModel(
-        build_kind("Phi3", original_max_position_embeddings=64, rope_parameters=LONGROPE), byte_tokenizer()
-    )
-    assert model.max_positions == 64
+    assert probed("phi3-longrope").max_positions == 64
 
 
 @pytest.mark.parametrize(
@@ -90,8 +73,7 @@ def test_moved_keys_are_the_models_own_keys_at_that_position(family):
 
 def test_reversed_rotation_is_proven_too():
     """NanoChat turns the other way; the probe finds the sign."""
-    model = LanguageModel(build_kind("NanoChat"), byte_tokenizer())
-    assert model.rope.rotations[0].pairing.sign == -1
+    assert probed("nanochat-reversed").rope.rotations[0].pairing.sign == -1
 
 
 def test_a_model_in_bfloat16_is_proven_as_well():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from serving import ingest
 from tiny_models import build_hf, byte_tokenizer
 
 from kvlink_rag import cli
+from kvlink_rag.server.run import serve
 
 KEY, CANARY = "canary-key-0123456789", "canary-text"
 
@@ -93,6 +95,17 @@ def test_no_text_id_or_key_of_a_client_reaches_output_metrics_or_errors(served):
     assert "kvlink_answers" in served.metrics and "POST /v1/chat/completions 200" in served.output
     for text in (served.metrics, served.output, *(response.text for response in served.errors)):
         assert "canary" not in text.lower()
+
+
+def test_the_address_can_be_connected_to_as_soon_as_it_is_named(rag):
+    class Reached(Exception): ...
+
+    def connect(url):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
+            raise Reached
+
+    with pytest.raises(Reached):
+        serve(rag, port=0, on_start=connect)
 
 
 @pytest.mark.parametrize(

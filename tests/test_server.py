@@ -298,6 +298,7 @@ def test_every_route_answers_401_without_a_key(serve):
     routes = [(method.upper(), path) for path, operations in described.items() for method in operations]
     assert len(routes) >= 13
     routes += [("GET", path) for path in ("/", "/static/app.js", "/openapi.json", "/nothing")]
+    routes += [("HEAD", "/"), ("OPTIONS", "/v1/chat/completions"), ("POST", "/nothing")]
     with server.client() as client:
         for method, path in routes:
             for key in (None, "Bearer wrong", "Basic ???", "Basic d3Jvbmc6d3Jvbmc="):

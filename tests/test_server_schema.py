@@ -1,6 +1,6 @@
 """The server keeps to its own description: schemathesis against the live application.
 
-A few cases in every run; `make fuzz` sends more than 5,000.
+A few cases in every run; `make fuzz` sends more than 5,000 and shows what schemathesis counted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from serving import live
 from kvlink_rag.server.settings import ServerSettings
 
 MAX_EXAMPLES = os.environ.get("KVLINK_FUZZ_EXAMPLES", "2")
+MIN_CASES = 5000 if int(MAX_EXAMPLES) >= 600 else 400
 # What the schema cannot say: that the last message is the user's, that a document has one text, that it all fits.
 EXCLUDED = "positive_data_acceptance"
 
@@ -22,18 +23,12 @@ EXCLUDED = "positive_data_acceptance"
 def test_no_request_makes_the_server_fail_or_leave_its_schema(rag, tmp_path):
     rag.add("The ferry leaves at nine.", "The horn is called Bertha.")
     command = [sys.executable, "-m", "schemathesis.cli", "--no-color", "run", "--max-examples", MAX_EXAMPLES]
-    command += [
-        "--generation-database",
-        "none",
-        "--request-timeout",
-        "60",
-        "--continue-on-failure",
-        "--warnings",
-        "off",
-    ]
+    command += ["--generation-database", "none", "--request-timeout", "600", "--continue-on-failure"]
+    command += ["--suppress-health-check", "too_slow", "--warnings", "off"]  # that judges the machine, not the server
     command += ["--exclude-checks", EXCLUDED]
     with live(rag, settings=ServerSettings(default_new_tokens=4, max_new_tokens=8, max_jobs=1000)) as server:
         command.append(f"{server.url}/openapi.json")
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) generated", result.stdout)[1]) > 400
+    assert int(re.search(r"(\d+) generated", result.stdout)[1]) > MIN_CASES
+    sys.stdout.write(result.stdout)  # what `make fuzz` shows

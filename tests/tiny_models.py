@@ -32,6 +32,15 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+MLA = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
+    "num_key_value_heads": 4, "first_k_dense_replace": 1,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 64, "factor": 4.0,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +62,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {"embedding_multiplier": 2.0, "attention_multiplier": 0.3}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "gpt-oss": ("GptOss", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4}),
+}  # fmt: skip
+# Proven by the probe; what is built on it is tested with the families above.
+PROBE_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
+    "nanochat-reversed": ("NanoChat", {}),
+}
+# What the refusal must name stands last.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "learned-positions": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}, "learned position embeddings"),
+    "alibi-bloom": ("Bloom", {"n_layer": 2, "n_head": 4}, "ALiBi"),
+    "alibi-mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, "ALiBi"),
+    "latent-attention": ("DeepseekV3", MLA, "latent attention"),
+    "recurrent": ("Mamba", {"state_size": 4}, "recurrent"),
+    "convolution": ("Lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "of type conv"),
+    "linear-attention-hybrid": ("Jamba", {"num_experts": 2, "mamba_d_state": 4}, "linear_attention"),
 }  # fmt: skip
 
 

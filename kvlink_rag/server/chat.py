@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from kvlink_rag.errors import BadInput
 from kvlink_rag.rag import KVLinkRAG
-from kvlink_rag.server.failures import error_body, failure, status_of
+from kvlink_rag.server.failures import error_body, failure, log_failure, status_of
 from kvlink_rag.server.scheduler import Found
 from kvlink_rag.server.schemas import ChatDocument, ChatRequest
 from kvlink_rag.server.services import rag_of, services_of
@@ -135,9 +135,9 @@ async def _stream(
                     yield about.chunk({"content": item.text})
                 item = await anext(events)
         except Exception as error:
-            yield event(error_body(*status_of(error)))
             if status_of(error)[0] == 500:
-                raise
+                log_failure(error)
+            yield event(error_body(*status_of(error)))
             return
         yield about.chunk({}, item.answer.finish_reason, kvlink=extension(item.answer))
         if with_usage:

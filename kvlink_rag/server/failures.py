@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import traceback
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -12,6 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from kvlink_rag.errors import BadInput, KVLinkError, StoreFull
 
+log = logging.getLogger("kvlink_rag.server")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -48,6 +51,12 @@ def status_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, TookTooLong | Draining):
         return 503, str(error)
     return 500, "something went wrong in the server; its log says where"
+
+
+def log_failure(error: BaseException) -> None:
+    """Log what broke and where. Its text stays out: it may quote a client."""
+    places = [f"{place.filename}:{place.lineno}" for place in traceback.extract_tb(error.__traceback__)]
+    log.error("%s at %s", type(error).__name__, " < ".join(reversed(places[-6:])))
 
 
 def failure(error: BaseException) -> JSONResponse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import secrets
 import threading
@@ -14,12 +13,11 @@ from typing import Any
 from kvlink_rag.compute import compute
 from kvlink_rag.errors import BadInput
 from kvlink_rag.rag import KVLinkRAG
-from kvlink_rag.server.failures import Draining, QueueFull, status_of
+from kvlink_rag.server.failures import Draining, QueueFull, log_failure, status_of
 from kvlink_rag.server.metrics import Metrics
 from kvlink_rag.server.settings import ServerSettings
 from kvlink_rag.types import Document
 
-log = logging.getLogger("kvlink_rag.server")
 MAX_REMEMBERED = 100
 Read = Callable[[], tuple[list[Document], list[str]]]  # documents, and a line for each file that gave none
 
@@ -97,7 +95,7 @@ class Ingestions:
                 status, job.error = status_of(error)
                 job.status = "failed"
                 if status == 500:
-                    log.error("an ingestion failed: %s", type(error).__name__)
+                    log_failure(error)
             finally:
                 job.read = None  # with the bytes it holds
                 self._metrics.jobs.labels(job.status).inc()

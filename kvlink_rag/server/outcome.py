@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import traceback
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvlink_rag.server.failures import error_body
+from kvlink_rag.server.failures import error_body, log, log_failure
 from kvlink_rag.server.metrics import Metrics
 
-log = logging.getLogger("kvlink_rag.server")
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -48,10 +45,7 @@ class Outcome:
         try:
             await self._app(scope, receive, note)
         except Exception as error:
-            places = [f"{place.filename}:{place.lineno}" for place in traceback.extract_tb(error.__traceback__)]
-            log.error(
-                "%s at %s", type(error).__name__, " < ".join(reversed(places[-6:]))
-            )  # its text may quote a client
+            log_failure(error)
             if not status:
                 body = error_body(500, "something went wrong in the server; its log says where")
                 await JSONResponse(body, 500)(scope, receive, note)

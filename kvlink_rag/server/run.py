@@ -71,13 +71,14 @@ def serve(
     )
     try:
         socket = config.bind_socket()
-    except SystemExit:
+        socket.listen(config.backlog)  # whoever comes before the loop runs waits, and is not refused
+    except (SystemExit, OSError):
         raise BadInput(f"{host}:{port} cannot be listened on; is another server there? Choose another --port") from None
     name = f"[{host}]" if ":" in host else host
-    on_start(f"http://{name}:{socket.getsockname()[1]}")
-    # uvicorn raises the signal again once it has drained; that is the orderly end
-    signal.signal(signal.SIGTERM, lambda *_: None)
     try:
+        on_start(f"http://{name}:{socket.getsockname()[1]}")
+        # uvicorn raises the signal again once it has drained; that is the orderly end
+        signal.signal(signal.SIGTERM, lambda *_: None)
         Server(config).run(sockets=[socket])
     except KeyboardInterrupt:
         pass

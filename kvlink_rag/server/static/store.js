@@ -15,6 +15,7 @@ export async function refresh(problem) {
     byId("documents").replaceChildren(...list.data.map((item) => row(item, problem)));
     byId("more").hidden = !list.has_more;
     byId("more").textContent = `and ${numbers.documents - list.data.length} more`;
+    byId("welcome").textContent = numbers.documents ? "Ask about the documents of this store. They are not read again." : "Add a document, then ask about it.";
   } catch (error) {
     problem(`The store cannot be shown: ${error.message}`);
   }

@@ -1,0 +1,134 @@
+"""What breaks inside, or comes to an end, is said in words that quote nobody."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import threading
+
+import pytest
+from serving import ingest, live, wait_until
+
+from kvlink_rag.server import keys as server_keys
+from kvlink_rag.server.keys import Keys
+
+CANARY = "canary-5b1e"
+
+
+@pytest.fixture
+def server(open_rag):
+    rag = open_rag()
+    rag.add("The ferry leaves at nine.")
+    with live(rag) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as client:
+        yield client
+
+
+def rag_of(server):
+    return server.services.stores["public"]
+
+
+def broken(*_, **__):
+    raise RuntimeError(f"cannot read {CANARY}")
+
+
+def test_an_unexpected_failure_is_a_500_that_quotes_nobody(server, client, monkeypatch, caplog):
+    """Neither its response nor any log line holds the exception's text, which may be a client's."""
+    caplog.set_level(logging.INFO)
+    for owner, name, ask in (
+        (rag_of(server).index, "chunks_of", lambda: client.get(f"/v1/documents/{CANARY}")),
+        (rag_of(server), "search", lambda: client.post("/v1/search", json={"query": CANARY})),
+        (rag_of(server), "begin", lambda: client.post("/v1/chat/completions", json=server.chat(CANARY))),
+        (rag_of(server), "begin", lambda: client.post("/v1/chat/completions", json=server.chat(CANARY, stream=True))),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            response = ask()
+        assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
+        assert CANARY not in response.text
+    not_ours = ("httpx", "uvicorn.access")  # the client's own, and one that is switched off but for pytest
+    said = [record.getMessage() for record in caplog.records if record.name not in not_ours]
+    assert "\n".join(said).count("RuntimeError at ") == 4 and CANARY not in "\n".join(said)
+    assert client.post("/v1/chat/completions", json=server.chat()).status_code == 200  # and the server goes on
+
+
+def test_what_breaks_in_the_middle_of_a_stream_is_its_last_event(server, client, monkeypatch, caplog):
+    request = server.chat(CANARY, stream=True, max_tokens=200, k=1)
+    with client.stream("POST", "/v1/chat/completions", json=request) as response:
+        (pair,) = wait_until(lambda: list(server.services.scheduler._batch._rows))
+        monkeypatch.setattr(pair[0]._sampler, "choose", broken)
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert json.loads(events[-1])["error"]["type"] == "server_error"
+    assert CANARY not in events[-1] and CANARY not in caplog.text and "RuntimeError at " in caplog.text
+    wait_until(lambda: server.services.scheduler.num_places == 0)
+    assert client.post("/v1/chat/completions", json=server.chat()).status_code == 200
+
+
+def test_an_upload_that_breaks_says_so_and_the_next_one_is_read(server, client, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(rag_of(server), "add", broken)
+        job = ingest(client, json={"documents": [{"text": CANARY}]})
+    assert job["status"] == "failed" and CANARY not in job["error"] and CANARY not in caplog.text
+    assert ingest(client, json={"documents": [{"text": "The mole is long."}]})["status"] == "done"
+
+
+def test_a_server_about_to_end_takes_nothing_new(server, client):
+    server.services.is_draining = True
+    for path, body in (
+        ("/v1/chat/completions", server.chat()),
+        ("/v1/search", {"query": "ferry"}),
+        ("/v1/documents", {"documents": [{"text": "late"}]}),
+    ):
+        response = client.post(path, json=body)
+        assert response.status_code == 503 and "Retry-After" in response.headers, path
+    assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
+
+
+def test_an_upload_stops_at_its_next_chunk_when_the_server_ends_and_what_it_stored_stays(open_rag):
+    rag, is_there, may_go_on = open_rag(), threading.Event(), threading.Event()
+    documents = [{"text": f"Tower {number} stands on a hill.", "id": f"tower-{number}"} for number in range(100)]
+    with live(rag) as server:
+        put = rag.kvs.put
+
+        def waiting(kv):
+            size = put(kv)
+            is_there.set()
+            may_go_on.wait()
+            return size
+
+        rag.kvs.put = waiting
+        with server.client() as client:
+            job = client.post("/v1/documents", json={"documents": documents}).json()
+            is_there.wait()
+            closing = threading.Thread(target=server.services.ingestions.close)
+            closing.start()
+            wait_until(server.services.ingestions._is_closing.is_set)
+            may_go_on.set()
+            closing.join()
+            ended = client.get(f"/v1/jobs/{job['id']}").json()
+    assert ended["status"] == "failed" and "send it again" in ended["error"]
+    again = open_rag()
+    assert 0 < again.stats()["entries"] < 100
+    assert again.add(*[item["text"] for item in documents]).reused_chunks > 0
+
+
+@pytest.mark.parametrize("given", ["a-key-of-team-one", "a-key-of-team-two", "a-key-of-nobody-x", "a", ""])
+def test_every_key_is_compared_in_constant_time_whichever_fits(given, monkeypatch):
+    """As many comparisons for the first key, the last and none; of digests of one length, by the library's function."""
+    compared = []
+
+    def watched(one, other):
+        compared.append((len(one), len(other)))
+        return hmac.compare_digest(one, other)
+
+    monkeypatch.setattr(server_keys, "hmac", type("Watched", (), {"compare_digest": staticmethod(watched)}))
+    keys = Keys({"a-key-of-team-one": "one", "a-key-of-team-two": "two", "a-key-of-team-three": "three"})
+    namespace = keys.namespace(f"Bearer {given}")
+    assert namespace == {"a-key-of-team-one": "one", "a-key-of-team-two": "two"}.get(given)
+    assert compared == [(32, 32)] * 3
