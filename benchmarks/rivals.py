@@ -9,6 +9,7 @@ machine does falls on all of them alike. The same weights in float32, documents,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -98,10 +99,8 @@ class Worker:
         """End the process."""
         assert self._process.stdin is not None and self._process.stdout is not None
         for pipe in (self._process.stdin, self._process.stdout):
-            try:
+            with contextlib.suppress(OSError):  # it was gone before
                 pipe.close()
-            except OSError:
-                continue  # it was gone before
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -120,10 +119,10 @@ class Worker:
         return found
 
     def _reason(self) -> str:
-        """The last words of its log."""
-        code = self._process.wait()
+        """The last words of a process that has ended."""
+        self.close()
         lines = [line for line in self._log.read_text("utf-8", "replace").splitlines() if line.strip()]
-        return f"{lines[-1].strip() if lines else 'no message'} (exit code {code})"
+        return f"{lines[-1].strip() if lines else 'no message'} (exit code {self._process.returncode})"
 
 
 def measure(workers: dict[str, Worker], round_: Sequence[Ask], number: int, failed: dict[str, str]) -> Iterator[Run]:

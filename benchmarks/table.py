@@ -63,11 +63,11 @@ def _clocks(runs: Sequence[Run], rivals: Sequence[str]) -> list[str]:
 
 def _agreement(runs: Sequence[Run], rival: str) -> str:
     """How many first tokens were those of an exact computation of the same prompt."""
-    exact = {(run["round"], run["case"]): run.get("first_token") for run in runs if run["rival"] == EXACT}
+    exact = {(run["round"], run["case"]): run["first_token"] for run in runs if run["rival"] == EXACT}
     pairs = [
         (run["first_token"].strip(), exact[run["round"], run["case"]].strip())
         for run in runs
-        if run["rival"] == rival and run.get("first_token") is not None and exact.get((run["round"], run["case"]))
+        if run["rival"] == rival and "first_token" in run and (run["round"], run["case"]) in exact
     ]
     return f"{sum(one == other for one, other in pairs)} of {len(pairs)}" if pairs else ""
 

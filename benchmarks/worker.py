@@ -54,7 +54,9 @@ class Rival(Protocol):
     reused_tokens, prompt_tokens, and first_token (its text).
     """
 
-    packages: tuple[str, ...]
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Whose versions are reported."""
 
     def forget(self) -> None:
         """Drop everything cached."""
