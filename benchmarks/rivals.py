@@ -3,7 +3,7 @@
 Every rival is a process that stays (rival_*.py); they take turns, one question at a time, so that whatever else the
 machine does falls on all of them alike. The same weights in float32, documents, questions, threads and clock for all.
 
-    python benchmarks/rivals.py --out FOLDER [--rounds 5] [--tokens 100,200,400] [--threads 1] [--rivals NAME,NAME]
+    python benchmarks/rivals.py --out FOLDER [--rounds 5] [--tokens 100,200,400] [--threads 1] [--rivals "NAME;NAME"]
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from table import Run
 
 HERE = Path(__file__).parent
 LIMIT_S = 600.0  # for one answer, loading included; then the rival counts as failed
+WARM_UP_TOKENS = 60  # of a document
 MARGIN_TOKENS = 256  # of a prompt, around its documents
 
 
@@ -48,8 +49,7 @@ ARMS = (
     Arm(table.FULL, "hugging-face", ("rival_hugging_face.py", "full"), CASES[:1]),  # nothing changes by the case
     Arm(table.EXACT, "hugging-face", ("rival_hugging_face.py", "prefix")),
     Arm(table.VLLM, "vllm", ("rival_vllm.py",)),
-    Arm("kvboost, selective", "kvboost", ("rival_kvboost.py", "--strategy", "selective")),
-    Arm("kvboost, none", "kvboost", ("rival_kvboost.py", "--strategy", "none")),
+    Arm("kvboost", "kvboost", ("rival_kvboost.py",)),
     Arm("mellea, cache=True", "mellea", ("rival_mellea.py", "public"), CASES[:2]),  # it reuses not even these
     Arm("mellea, its helpers by hand", "mellea", ("rival_mellea.py", "helpers")),
     Arm("kvlink_rag", "", ("rival_kvlink.py",)),
@@ -184,7 +184,8 @@ def main() -> None:
                     workers[arm.name] = started
                 _say(f"{arm.name}: {started if isinstance(started, str) else started.about}")
             results["about"] = {name: worker.about for name, worker in workers.items()}
-            list(measure(workers, asks[0][0], -1, failed))  # warms up
+            warm_up = next(rounds(tokenizer, options.documents, WARM_UP_TOKENS, 1))
+            list(measure(workers, warm_up, -1, failed))
             for number in range(options.rounds):
                 for rounds_ in asks:
                     runs += measure(workers, rounds_[number], number, failed)

@@ -53,7 +53,7 @@ def _clocks(runs: Sequence[Run], rivals: Sequence[str]) -> list[str]:
     head = ["", *(f"CPU, {case}" for case in CASES), *(f"own clock, {case}" for case in CASES)]
     lines = _head([*head, *(f"reused, {case}" for case in CASES[1:]), "first token as exact"])
     for rival in rivals:
-        if median_of(runs, rival, "cold") is None:
+        if all(median_of(runs, rival, case) is None for case in CASES):
             continue
         cells = [_seconds(median_of(runs, rival, case, key)) for key in ("cpu_s", "own_clock_s") for case in CASES]
         reused = [_whole(median_of(runs, rival, case, "reused_tokens")) for case in CASES[1:]]
