@@ -43,7 +43,7 @@ bench: install
 	$(BIN)/kvlink bench ttft
 	$(BIN)/kvlink bench store
 
-rivals: install  ## time to the first token against other caches, each in an environment of its own (6 GB); an hour
+rivals: install  ## time to the first token against other caches, each in an environment of its own (7 GB); an hour
 	for name in $(RIVALS); do $(MAKE) benchmarks/.venvs/$$name/.installed || echo "$$name is not installed" >&2; done
 	$(BIN)/python benchmarks/rivals.py --out benchmarks/results
 
