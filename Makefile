@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 JOBS ?= 2
 STRESS_SECONDS ?= 600
+RIVALS := hugging-face vllm kvboost mellea
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
-.PHONY: install demo test fix check bench docs sabotage stress fuzz load
+.PHONY: install demo test fix check bench rivals docs sabotage stress fuzz load
 
 install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
 
@@ -35,12 +36,24 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 	$(BIN)/mypy --config-file integrations/langchain-kvlink/pyproject.toml
 	$(BIN)/mypy --config-file integrations/llama-index-llms-kvlink/pyproject.toml
 
 bench: install
 	$(BIN)/kvlink bench ttft
 	$(BIN)/kvlink bench store
+
+rivals: install  ## time to the first token against other caches, each in an environment of its own (7 GB); an hour
+	for name in $(RIVALS); do $(MAKE) benchmarks/.venvs/$$name/.installed || echo "$$name is not installed" >&2; done
+	$(BIN)/python benchmarks/rivals.py --out benchmarks/results
+
+benchmarks/.venvs/%/.installed: benchmarks/requirements-%.txt
+	test -d $(@D) || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 sabotage: install  ## break the store on purpose, one promise at a time: each time a test must turn red
 	$(BIN)/python tests/sabotage.py
