@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
 from kvlink_rag import attention, probe
+from kvlink_rag.compute import compute
 from kvlink_rag.context import ChunkLayer, ContextBuffers
 from kvlink_rag.default_models import DEFAULT_MODEL, GGUF_DIGEST, cache_folder, default_model_folder
 from kvlink_rag.errors import BadInput, CheckpointMismatch, UnsupportedModel
@@ -97,6 +98,13 @@ class LanguageModel:
         float32), "float32", "bfloat16" or "float16"; device "auto", "cpu", "cuda" or "mps".
         Raises UnsupportedModel, MissingModel or BadInput.
         """
+        # where it will compute: a second pool of threads, once made, slows the first down for good
+        return compute.run(lambda job: cls._load(model, adapter, reader, dtype, device))
+
+    @classmethod
+    def _load(
+        cls, model: str | Path, adapter: str | Path | None, reader: str | Path | None, dtype: str, device: str
+    ) -> LanguageModel:
         folder = model_folder(model)
         target = torch.device(_resolve_device(device))
         wanted = _resolve_dtype(dtype, target)
