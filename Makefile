@@ -42,7 +42,10 @@ check: install
 
 bench: install
 	$(BIN)/kvlink bench ttft
+	$(BIN)/kvlink bench decode
+	$(BIN)/kvlink bench ingest
 	$(BIN)/kvlink bench store
+	$(BIN)/kvlink bench growth
 
 rivals: install  ## time to the first token against other caches, each in an environment of its own (7 GB); an hour
 	for name in $(RIVALS); do $(MAKE) benchmarks/.venvs/$$name/.installed || echo "$$name is not installed" >&2; done

@@ -39,10 +39,7 @@ def ttft(
     """Time to first token: stored KV against a full prefill of the same context, and against the floor."""
     from kvlink_rag.evaluation.ttft import run_ttft
 
-    try:
-        lengths = [int(part) for part in contexts.split(",")]
-    except ValueError:
-        raise BadInput(f"--contexts takes numbers like 1000,2000; got {contexts!r}") from None
+    lengths = _numbers("--contexts", contexts)
     language_model, _ = loaded_model(model, dtype, device)
     with progress_bar() as progress:
         rows = run_ttft(language_model, lengths, repeats, progress)
@@ -91,6 +88,35 @@ def ingest(
     language_model, _ = loaded_model(model, dtype, device)
     with progress_bar() as progress:
         say(run_ingest(language_model, documents, words, repeats, progress), as_json)
+
+
+@bench_app.command()
+def growth(
+    chunks: Annotated[str, typer.Option(help="Numbers of chunks.")] = "1000,10000,100000",
+    repeats: Annotated[int, typer.Option(help="Runs.", min=1)] = 7,
+    as_json: Json = False,
+) -> None:
+    """Search and look-up by the number of chunks, over synthetic vectors and small entries."""
+    from kvlink_rag.evaluation.growth import run_growth
+
+    with progress_bar() as progress:
+        rows = run_growth(_numbers("--chunks", chunks), repeats, progress)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print(" chunks  first search      search   is stored    its bytes")
+    for row in rows:
+        print(
+            f"{row['chunks']:>7} {row['first_search_s']:>11.3f} s {row['search_s'] * 1e3:>8.2f} ms "
+            f"{row['contains_s'] * 1e6:>8.0f} us {row['get_s'] * 1e6:>9.0f} us"
+        )
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"{option} takes numbers like 1000,2000; got {text!r}") from None
 
 
 def evaluate(

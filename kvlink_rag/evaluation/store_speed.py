@@ -80,16 +80,23 @@ def loading(model: LanguageModel, precision: Precision, folder: Path, repeats: i
 
 def opening(folder: Path, repeats: int) -> dict[str, float]:
     """Open a store of 10,000 entries: first with no index, so that all headers are read, then as usual."""
-    fingerprint, payload = "f" * 64, bytes(1024)
-    for number in range(NUM_ENTRIES):
-        identity = Identity(entry_key(fingerprint, (number,)), fingerprint, (number,))
-        path = folder / identity.key[:2] / f"{identity.key}.{number:016x}.kv"
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.write_bytes(pack(identity, {}, payload))
-    folder.chmod(0o700)
+    write_entries(folder, NUM_ENTRIES)
     rebuild_s = median_seconds(lambda: DiskStore(folder, max_bytes=2**34).close(), 1)
     open_s = median_seconds(lambda: DiskStore(folder, max_bytes=2**34).close(), repeats)
     return {"entries": NUM_ENTRIES, "rebuild_s": round(rebuild_s, 3), "open_s": round(open_s, 3)}
+
+
+def write_entries(folder: Path, number: int) -> list[str]:
+    """So many small entries without any index; their keys."""
+    fingerprint, payload, keys = "f" * 64, bytes(1024), []
+    for n in range(number):
+        identity = Identity(entry_key(fingerprint, (n,)), fingerprint, (n,))
+        path = folder / identity.key[:2] / f"{identity.key}.{n:016x}.kv"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_bytes(pack(identity, {}, payload))
+        keys.append(identity.key)
+    folder.chmod(0o700)
+    return keys
 
 
 def median_seconds(act: Callable[[], object], repeats: int) -> float:
