@@ -157,7 +157,7 @@ class Ingestion:
             skipped_files=len(skipped),
             bytes=written,
             seconds=round(seconds, 4),
-            tokens_per_s=round(plan.tokens_to_encode / seconds, 1),
+            tokens_per_s=round(plan.tokens_to_encode / seconds, 1) if seconds else 0.0,
             skipped=tuple(map(str, skipped)),
         )
 

@@ -147,6 +147,10 @@ class LanguageModel:
         return int(self.hf.get_input_embeddings().weight.shape[1])
 
     @property
+    def vocab_size(self) -> int:
+        return int(self.hf.get_input_embeddings().weight.shape[0])
+
+    @property
     def can_batch(self) -> bool:
         """Whether contexts of different lengths can be decoded together: their attention must be ours."""
         return bool(self.hf.config._attn_implementation == attention.GROUPED_SDPA)

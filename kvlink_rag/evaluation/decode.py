@@ -73,7 +73,7 @@ def _plain_rate(model: LanguageModel, num_tokens: int) -> float:
 
         def end(self) -> None: ...
 
-    ids = torch.randint(100, 1000, (1, num_tokens), device=model.device)
+    ids = torch.randint(model.vocab_size, (1, num_tokens), device=model.device)
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
     attention = model.hf.config._attn_implementation
     model.hf.set_attn_implementation("sdpa")  # as a user without this package runs it

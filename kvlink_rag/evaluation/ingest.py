@@ -83,7 +83,7 @@ def write_documents(folder: Path, number: int, words: int) -> None:
 @torch.inference_mode()
 def raw_seconds(model: LanguageModel, num_tokens: int, rows: int, width: int) -> float:
     """Seconds for num_tokens through the model itself, in batches of rows x width, as any script would."""
-    batch = torch.randint(100, 1000, (rows, width), generator=torch.Generator().manual_seed(0)).to(model.device)
+    batch = torch.randint(model.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0)).to(model.device)
     started = time.perf_counter()
     left = num_tokens
     while left > 0:
