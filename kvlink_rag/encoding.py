@@ -2,8 +2,8 @@
 
 Every chunk is computed in one canonical shape, so its KV is the same to the last bit whatever company it was
 encoded in: a chunk encoded on first use answers exactly like one encoded at ingestion. On a CPU that shape is the
-chunk alone, at its own length: four rows at once are 7 % quicker a token, and filling them up costs more. Elsewhere
-it is a fixed number of rows, their length padded to a bucket.
+chunk alone, at its own length: four rows at once are 7 to 19 % quicker a token, but a chunk that comes alone would
+cost as much as four. Elsewhere it is a fixed number of rows, their length padded to a bucket.
 """
 
 from __future__ import annotations
