@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,13 @@ def _run(model: LanguageModel, context: int, repeats: int, progress: Callable[[s
         answer = rag.ask(question, k=NUM_CHUNKS, max_new_tokens=NEW_TOKENS)
         peak = _peak_bytes()
         num_tokens = answer.tokens.reused + answer.tokens.computed
-        own_end_ids, model.end_ids = model.end_ids, ()  # both decode exactly NEW_TOKENS tokens
-        try:
+        with _endless(model):
             for run in range(repeats):
                 answer = rag.ask(question, k=NUM_CHUNKS, max_new_tokens=NEW_TOKENS)
-                linked.append((answer.tokens.generated - 1) / answer.timings.decode_s)
+                assert answer.tokens.generated == NEW_TOKENS
+                linked.append((NEW_TOKENS - 1) / answer.timings.decode_s)
                 plain.append(_plain_rate(model, num_tokens))
                 progress("runs", run + 1, repeats)
-        finally:
-            model.end_ids = own_end_ids
     kv_bytes = num_tokens * model.kv_shape.bytes_per_token
     return {
         "context_tokens": num_tokens,
@@ -61,6 +60,22 @@ def _run(model: LanguageModel, context: int, repeats: int, progress: Callable[[s
         "peak_above_model_bytes": peak - before if peak and before else None,
         "repeats": repeats,
     }
+
+
+@contextmanager
+def _endless(model: LanguageModel) -> Iterator[None]:
+    """Let no token end an answer, so that both arms decode as many."""
+    configs = [model.hf.generation_config, model.reader.generation_config]
+    ends = [config.eos_token_id for config in configs]
+    own_end_ids, model.end_ids = model.end_ids, ()
+    for config in configs:
+        config.eos_token_id = None
+    try:
+        yield
+    finally:
+        model.end_ids = own_end_ids
+        for config, end in zip(configs, ends, strict=True):
+            config.eos_token_id = end
 
 
 def _plain_rate(model: LanguageModel, num_tokens: int) -> float:
