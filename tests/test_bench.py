@@ -60,7 +60,7 @@ def silent(stage, done, total):
 
 
 def test_time_to_first_token_holds_finding_reading_rotating_and_the_forward(model):
-    """From stored KV: all of it. Full prefill: finding, and one forward over everything, no more. Floor: the question."""
+    """From stored KV: all of it. Full prefill: finding, and one forward over all, no more. Floor: the question."""
     (row,) = run_ttft(model, [600], 1, silent)
     num_tokens = row["context_tokens"]
     found_s = EMBED_S + SEARCH_S
