@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
-from kvlink_rag import attention, probe
+from kvlink_rag import adapters, attention, probe
 from kvlink_rag.compute import compute
 from kvlink_rag.context import ChunkLayer, ContextBuffers
 from kvlink_rag.default_models import DEFAULT_MODEL, GGUF_DIGEST, cache_folder, default_model_folder
-from kvlink_rag.errors import BadInput, CheckpointMismatch, UnsupportedModel
+from kvlink_rag.errors import BadInput, UnsupportedModel
 from kvlink_rag.kv import KVShape
 from kvlink_rag.prompt import stop_ids
 from kvlink_rag.recipe import config_digest, folder_digest
@@ -93,10 +92,10 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load by folder, hub id, or the name of the default model.
 
-        adapter is a PEFT folder, merged in float32; reader another, merged into a copy that never reads documents and
-        shares with the first what the adapter leaves alone. dtype is "auto" (bfloat16 where the hardware has it, else
-        float32), "float32", "bfloat16" or "float16"; device "auto", "cpu", "cuda" or "mps".
-        Raises UnsupportedModel, MissingModel or BadInput.
+        adapter is a PEFT folder, merged in float32; reader another, merged into a copy that never reads
+        documents and shares with the first what the adapter leaves alone. dtype is "auto" (bfloat16 where the hardware
+        has it, else float32), "float32", "bfloat16" or "float16"; device "auto", "cpu", "cuda" or "mps".
+        Raises UnsupportedModel, MissingModel, CheckpointMismatch or BadInput.
         """
         # where it will compute: a second pool of threads, once made, slows the first down for good
         return compute.run(lambda job: cls._load(model, adapter, reader, dtype, device))
@@ -114,11 +113,11 @@ class LanguageModel:
             hf = _load_weights(folder, wanted).to(target)
         else:
             adapter_digest = folder_digest(Path(adapter), ("*.safetensors", "adapter_config.json"), _digest_cache())
-            hf = _merge_adapter(_load_weights(folder, torch.float32), Path(adapter)).to(device=target, dtype=wanted)
+            hf = adapters.merge(_load_weights(folder, torch.float32), Path(adapter)).to(device=target, dtype=wanted)
         reading = None
         if reader is not None:
-            reading = _merge_adapter(_load_weights(folder, torch.float32), Path(reader)).to(device=target, dtype=wanted)
-            _share_equal(reading, hf)
+            base = hf if adapter is None else _load_weights(folder, wanted).to(target)
+            reading = adapters.reader_of(base, Path(reader))
         return cls(
             hf,
             tokenizer,
@@ -308,14 +307,6 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
         raise UnsupportedModel(f"{folder}: cannot be loaded as a causal language model: {error}") from error
 
 
-def _share_equal(copy: Any, original: Any) -> None:
-    """Let `copy` use the tensors of `original` wherever they are the same: what an adapter left alone is held once."""
-    originals = dict(original.named_parameters(remove_duplicate=False))
-    for name, parameter in copy.named_parameters(remove_duplicate=False):
-        if torch.equal(parameter, originals[name]):
-            parameter.data = originals[name].data
-
-
 def _found_folder(model: str) -> Path:
     if Path(model).is_dir():
         if not (Path(model) / "config.json").exists():
@@ -354,17 +345,6 @@ def _has_native_bfloat16(device: torch.device) -> bool:
     if device.type == "mps":
         return True
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _merge_adapter(hf: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings():  # peft asks transformers for a property that is being renamed
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise CheckpointMismatch(f"{adapter} is no adapter for this model: {error}") from error
 
 
 def _digest_cache() -> Path:

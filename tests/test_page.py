@@ -81,6 +81,25 @@ def test_a_file_is_added_asked_about_and_deleted(page, server):
     expect(page.locator("#n-documents")).to_have_text("2")
 
 
+def test_numbers_that_come_late_do_not_replace_newer_ones(page):
+    """Two looks at the store overlap; the older one's reply arrives last."""
+    held = []
+    page.route("**/v1/store", lambda route: held.append((route, route.fetch())))
+    ask(page)
+    expect(page.locator(".answer[aria-busy=false]")).to_have_count(1)
+    page.wait_for_function("() => !document.getElementById('send').disabled")
+    while not held:
+        page.wait_for_timeout(10)
+    page.unroute("**/v1/store")
+    page.get_by_role("button", name=re.compile("^Delete")).first.click()
+    expect(page.locator("#n-documents")).to_have_text("1")
+    (route, old) = held[0]
+    with page.expect_response("**/v1/store"):
+        route.fulfill(response=old)
+    expect(page.locator("#n-documents")).to_have_text("1")
+    assert page.evaluate("() => document.querySelectorAll('#documents li').length") == 1
+
+
 def test_a_newcomer_is_told_what_to_do_first(page, server):
     expect(page.locator("#welcome")).to_contain_text("Ask about the documents")
     with server.client() as client:

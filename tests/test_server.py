@@ -177,6 +177,22 @@ def test_the_store_says_what_it_holds_and_how_much_was_reused(server, client):
     assert numbers["documents"] >= 2 and numbers["bytes"] > 0 and numbers["hit_rate"] == 0.5
 
 
+def test_an_answer_is_counted_before_anyone_has_it(server, client, monkeypatch):
+    """Whoever has read an answer to its end finds it in the numbers, however quickly they ask."""
+    from kvlink_rag.server.scheduler import Ticket
+
+    counted, put = [], Ticket.put
+
+    def watched(ticket, item):
+        if getattr(item, "answer", None):
+            counted.append(client.get("/v1/store").json()["hit_rate"])
+        put(ticket, item)
+
+    monkeypatch.setattr(Ticket, "put", watched)
+    client.post("/v1/chat/completions", json=server.chat(k=1))
+    assert counted == [1.0]
+
+
 def test_no_name_of_a_file_becomes_a_path():
     assert [file_name(name) for name in ("../../a.md", "C:\\b\\c.txt", "/", "..", "a\0\nb.md", "\ud800.md")] == [
         "a.md", "c.txt", "file", "..", "ab.md", "?.md",

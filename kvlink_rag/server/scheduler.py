@@ -44,11 +44,15 @@ class Ticket:
 
     def emit(self, item: Found | Piece | BaseException) -> None:
         """Hand an item to the client, from the compute thread."""
+        self.check()
+        self.put(item)
+
+    def check(self) -> None:
+        """Raises Cancelled where nobody waits any more, TookTooLong where the time is over."""
         if self.is_abandoned:
             raise Cancelled
         if time.monotonic() > self.deadline:
             raise TookTooLong("the answer was not finished within this server's time limit")
-        self.put(item)
 
     def put(self, item: Found | Piece | BaseException) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -151,12 +155,13 @@ class Scheduler:
                 ticket.loop.call_soon_threadsafe(self._leave, ticket)
 
         def emit(piece: Piece) -> None:
-            ticket.emit(piece)
-            if piece.answer:
+            ticket.check()
+            if piece.answer:  # counted before it is sent: whoever has the answer finds it in the numbers
                 self._metrics.count(piece.answer)
                 used = self.chunks.setdefault(ticket.rag, {"reused": 0, "computed": 0})
                 for source in () if piece.answer.linking == "full" else piece.answer.sources:  # that is a comparison
                     used["reused" if source.reused else "computed"] += 1
+            ticket.put(piece)
 
         try:
             ticket.rag.begin(

@@ -4,10 +4,13 @@ import { get, remove, upload } from "./api.js";
 import { byId, copyOf, shortName } from "./dom.js";
 
 const SHOWN = 100;
+let newest = 0; // of several requests under way only the last one made is shown
 
 export async function refresh(problem) {
+  const own = ++newest;
   try {
     const [numbers, list] = await Promise.all([get("/v1/store"), get(`/v1/documents?limit=${SHOWN}`)]);
+    if (own !== newest) return;
     byId("n-documents").textContent = numbers.documents.toLocaleString("en");
     byId("n-tokens").textContent = numbers.tokens.toLocaleString("en");
     byId("n-bytes").textContent = bytes(numbers.bytes);

@@ -1,0 +1,93 @@
+"""PEFT adapters: merged into the weights that read documents, or into a reader beside them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from kvlink_rag.errors import CheckpointMismatch
+
+_PREFIX = "base_model.model."
+# Settings of PEFT's LoRA under which a weight's share is not simply alpha / r * B @ A, or not only weights change.
+_UNUSUAL = (
+    "alpha_pattern", "fan_in_fan_out", "layer_replication", "lora_bias", "modules_to_save", "rank_pattern",
+    "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora",
+)  # fmt: skip
+
+
+def merge(hf: Any, adapter: Path) -> Any:
+    """`hf`, whose weights must be float32, with any PEFT adapter in it. Raises CheckpointMismatch."""
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():  # peft asks transformers for a property that is being renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            return PeftModel.from_pretrained(hf, str(adapter)).merge_and_unload()
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise CheckpointMismatch(f"{adapter} is no adapter for this model: {error}") from error
+
+
+def reader_of(hf: Any, adapter: Path) -> Any:
+    """A copy of `hf` with an adapter merged in, in float32; what the adapter leaves alone is held once, by both.
+
+    A plain LoRA adapter, which `kvlink train` writes for most models, is added without PEFT, which takes seconds to
+    wrap and unwrap every layer. Raises CheckpointMismatch.
+    """
+    plain = _plain_lora(adapter)
+    if plain is None:
+        reader = merge(copy.deepcopy(hf).float(), adapter).to(hf.dtype)
+        _share_equal(reader, hf)
+        return reader
+    scale, factors = plain
+    weights = dict(hf.named_parameters())
+    merged = {}
+    for name, (a, b) in factors.items():
+        weight = weights.get(name)
+        if weight is None or weight.shape != (b.shape[0], a.shape[1]):
+            held = "has none of that name" if weight is None else f"has one of {tuple(weight.shape)}"
+            raise CheckpointMismatch(
+                f"{adapter} is no adapter for this model: it changes a weight {name} of {(b.shape[0], a.shape[1])}, "
+                f"the model {held}"
+            )
+        share = (b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)) * scale
+        merged[name] = torch.nn.Parameter((weight.detach().float() + share).to(weight.dtype), requires_grad=False)
+    # what deepcopy finds in its memo it takes as it is: the merged weights, and for the rest those of `hf`
+    memo: dict[int, Any] = {id(weight): merged.get(name, weight) for name, weight in weights.items()}
+    memo |= {id(buffer): buffer for buffer in hf.buffers()}
+    return copy.deepcopy(hf, memo)
+
+
+def _plain_lora(adapter: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]] | None:
+    """Scale, and by name of the weight its factors A [rank, in] and B [out, rank]; None where there is more to it."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+        is_plain = config["peft_type"] == "LORA" and config.get("bias", "none") == "none"
+        if not is_plain or any(config.get(name) for name in _UNUSUAL):
+            return None
+        tensors = load_safetensors((adapter / "adapter_model.safetensors").read_bytes())
+        names = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors}
+        factors = {
+            f"{name}.weight": (
+                tensors.pop(f"{_PREFIX}{name}.lora_A.weight"),
+                tensors.pop(f"{_PREFIX}{name}.lora_B.weight"),
+            )
+            for name in names
+        }
+        return None if tensors else (config["lora_alpha"] / config["r"], factors)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointMismatch(f"{adapter} is no readable adapter: {error}") from error
+
+
+def _share_equal(copied: Any, original: Any) -> None:
+    """Let `copied` use the tensors of `original` wherever they are the same."""
+    originals = dict(original.named_parameters(remove_duplicate=False))
+    for name, parameter in copied.named_parameters(remove_duplicate=False):
+        if torch.equal(parameter, originals[name]):
+            parameter.data = originals[name].data
