@@ -22,6 +22,7 @@ from kvlink_rag.cli_options import (
     Precision,
     loaded,
     loaded_model,
+    numbers,
 )
 from kvlink_rag.config import AUTO, PUBLIC
 from kvlink_rag.console import notes, progress_bar
@@ -40,6 +41,7 @@ def check(
     linking: Annotated[str, typer.Option("--linking", help="The linking in question: docs/linkings.md.")] = AUTO,
     questions: Annotated[int, typer.Option("--questions", help="At most so many.", min=1)] = 24,
     repeats: Annotated[int, typer.Option(help="Interleaved timed runs per length.", min=1)] = 3,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens to time.")] = "500,1000,2000",
     model: Model = DEFAULT_MODEL_NAME,
     embedder: Embedder = DEFAULT_EMBEDDER_NAME,
     links: Links = None,
@@ -60,6 +62,7 @@ def check(
         raise BadInput("full is what a check holds the others against; name another linking")
     if data is not None and store is not None:
         raise BadInput("give --data or --store, not both: the questions are the file's, or made from the store")
+    lengths = numbers("--contexts", contexts)
     given = read_data(data, questions) if data is not None else None
     from kvlink_rag.evaluation.check import check as run_check
     from kvlink_rag.links import LinkTokens
@@ -76,6 +79,7 @@ def check(
                 examples,
                 names,
                 precision=precision,
+                lengths=lengths,
                 repeats=repeats,
                 progress=progress,
             )
@@ -106,6 +110,7 @@ def check(
                 examples,
                 [rag.linking, *BESIDE],
                 precision=precision,
+                lengths=lengths,
                 repeats=repeats,
                 progress=progress,
             )

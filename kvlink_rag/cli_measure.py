@@ -19,6 +19,7 @@ from kvlink_rag.cli_options import (
     Model,
     Precision,
     loaded_model,
+    numbers,
 )
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.console import notes, progress_bar, say
@@ -39,7 +40,7 @@ def ttft(
     """Time to first token: stored KV against a full prefill of the same context, and against the floor."""
     from kvlink_rag.evaluation.ttft import run_ttft
 
-    lengths = _numbers("--contexts", contexts)
+    lengths = numbers("--contexts", contexts)
     language_model, _ = loaded_model(model, dtype, device)
     with progress_bar() as progress:
         rows = run_ttft(language_model, lengths, repeats, progress)
@@ -100,7 +101,7 @@ def growth(
     from kvlink_rag.evaluation.growth import run_growth
 
     with progress_bar() as progress:
-        rows = run_growth(_numbers("--chunks", chunks), repeats, progress)
+        rows = run_growth(numbers("--chunks", chunks), repeats, progress)
     if as_json:
         print(json.dumps(rows))
         return
@@ -110,13 +111,6 @@ def growth(
             f"{row['chunks']:>7} {row['first_search_s']:>11.3f} s {row['search_s'] * 1e3:>8.2f} ms "
             f"{row['contains_s'] * 1e6:>8.0f} us {row['get_s'] * 1e6:>9.0f} us"
         )
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise BadInput(f"{option} takes numbers like 1000,2000; got {text!r}") from None
 
 
 def evaluate(

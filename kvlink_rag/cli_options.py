@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,19 +47,15 @@ def loaded_model(
     model: str, dtype: str, device: str, *, links: str | None = None, adapter: Path | None = None
 ) -> tuple[LanguageModel, Checkpoint | None]:
     """A model with the checkpoint that `links` names, loaded with a note on stderr."""
-    from kvlink_rag.compute import compute
-    from kvlink_rag.links import Checkpoint
-    from kvlink_rag.model import LanguageModel
+    with notes.status("loading the model"), _without_collector():
+        from kvlink_rag.links import Checkpoint
+        from kvlink_rag.model import LanguageModel
 
-    quiet_libraries()
-    checkpoint = Checkpoint.find(model, links, adapter)
-    adapter = adapter or (checkpoint.adapter if checkpoint else None)
-    reader = checkpoint.reader if checkpoint else None
-    with notes.status("loading the model"):
-        loaded = compute.run(
-            lambda job: LanguageModel.load(model, adapter=adapter, reader=reader, dtype=dtype, device=device)
-        )
-    return loaded, checkpoint
+        quiet_libraries()
+        checkpoint = Checkpoint.find(model, links, adapter)
+        adapter = adapter or (checkpoint.adapter if checkpoint else None)
+        reader = checkpoint.reader if checkpoint else None
+        return LanguageModel.load(model, adapter=adapter, reader=reader, dtype=dtype, device=device), checkpoint
 
 
 @contextmanager
@@ -71,16 +68,28 @@ def loaded(
     from kvlink_rag.store.folder import open_folder
 
     open_folder(store, integrity_key())
-    from kvlink_rag.config import StoreSettings
-    from kvlink_rag.rag import KVLinkRAG
+    with notes.status("loading the models"), _without_collector():
+        from kvlink_rag.config import StoreSettings
+        from kvlink_rag.rag import KVLinkRAG
 
-    quiet_libraries()
-    with notes.status("loading the models"):
+        quiet_libraries()
         limits = StoreSettings(max_bytes=max(1, int(max_gib * GIB)), integrity_key=integrity_key())
         rag = KVLinkRAG.load(model, store, embedder=embedder, limits=limits, **options)
         rag.warm_up()
     with rag:
         yield rag
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """No garbage collection meanwhile: what loading makes stays, and looking through it takes a sixth of a start."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def integrity_key() -> bytes | None:
@@ -93,6 +102,14 @@ def integrity_key() -> bytes | None:
     if text and len(key) != 32:
         raise BadInput(f"{INTEGRITY_KEY} must hold 64 hex digits (try: openssl rand -hex 32)")
     return key or None
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The numbers of an option like 1000,2000. Raises BadInput."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"{option} takes numbers like 1000,2000; got {text!r}") from None
 
 
 def must_be_store(store: Path) -> None:

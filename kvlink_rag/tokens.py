@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -32,10 +32,12 @@ class TextTokenizer:
         self.control_ids = frozenset(
             token_id for token_id, token in added.items() if token.special or str(token.content).strip()
         )
-        spec = json.loads(backend.to_str())
-        spec.update(truncation=None, padding=None)
-        self.digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-        self._plain = Tokenizer.from_str(json.dumps(_without_control(spec, self.control_ids)))
+        spec = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        parts = {name: json.dumps(part, sort_keys=True) for name, part in spec.items()}  # the vocabulary once, for both
+        self.digest = hashlib.sha256(_json_object(parts).encode()).hexdigest()
+        kept = [token for token in spec.get("added_tokens", []) if token["id"] not in self.control_ids]
+        without_control = {**parts, "added_tokens": json.dumps(kept), "post_processor": "null"}
+        self._plain = Tokenizer.from_str(_json_object(without_control))
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
@@ -92,6 +94,6 @@ class TokenDecoder:
         return self._stream.step(self._backend, token_id) or ""
 
 
-def _without_control(spec: dict[str, Any], control_ids: frozenset[int]) -> dict[str, Any]:
-    kept = [token for token in spec.get("added_tokens", []) if token["id"] not in control_ids]
-    return {**spec, "added_tokens": kept, "post_processor": None}
+def _json_object(parts: Mapping[str, str]) -> str:
+    """What json.dumps writes with sorted keys, from values that are JSON already."""
+    return "{" + ", ".join(f"{json.dumps(name)}: {parts[name]}" for name in sorted(parts)) + "}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def smollm():
     from kvlink_rag import LanguageModel
 
     return LanguageModel.load()
+
+
+@pytest.fixture
+def examples(tmp_path):
+    """A copy of the examples with a small corpus, so that their stores are new and quickly filled."""
+    folder = tmp_path / "examples"
+    (folder / "corpus").mkdir(parents=True)
+    for name in ("lighthouse.md", "shipyard.md"):
+        shutil.copy(ROOT / "examples" / "corpus" / name, folder / "corpus" / name)
+    for path in (ROOT / "examples").glob("*.*"):
+        shutil.copy(path, folder / path.name)
+    return folder
 
 
 @pytest.fixture

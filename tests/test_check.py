@@ -107,6 +107,8 @@ def test_a_check_of_a_tiny_random_model_fails(tiny):
         checking.check(tiny, LinkTokens.untrained(tiny), [], ["plain"])
     with pytest.raises(BadInput, match="holds the others against"):
         checking.check(tiny, LinkTokens.untrained(tiny), own_questions()[:1], ["full"])
+    with pytest.raises(BadInput, match="no context length to time: give one between 1 and 1,983"):
+        checking.check(tiny, LinkTokens.untrained(tiny), own_questions()[:1], ["plain"], lengths=[0, 9999])
 
 
 def test_fewer_bits_at_rest_are_what_is_checked(tiny):

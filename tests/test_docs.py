@@ -30,11 +30,10 @@ def blocks(page, language):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder in which the examples lie where the docs say."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(examples, monkeypatch):
+    """A working folder in which the examples lie where the docs say, with two of their documents."""
+    monkeypatch.chdir(examples.parent)
+    return examples.parent
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

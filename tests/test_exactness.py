@@ -191,7 +191,7 @@ def test_in_its_own_precision_the_default_model_agrees_with_the_masked_forward(s
         row = json.loads(line)
         other = sorted((ROOT / "examples" / "corpus").glob("*.md"))[number % 30]
         paths = [other, ROOT / "examples" / "corpus" / row["document"]]
-        chunks = [encoder.token_ids(path.read_text("utf-8")[:200]) for path in paths]
+        chunks = [encoder.token_ids(path.read_text("utf-8")[:100]) for path in paths]
         messages = [{"role": "user", "content": row["question"]}]
         prompt = build_prompt(smollm.tokenizer, messages, chunks, system=DEFAULT_SYSTEM)
         kvs = dict(encoder.encode(prompt.chunk_ids))

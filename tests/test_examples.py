@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import runpy
-import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT
 
 EXAMPLES = ["langchain_chain", "langchain_agent", "llama_index_query", "llama_index_chat"]
-CORPUS = ["lighthouse.md", "shipyard.md"]
 
 
 @pytest.fixture
-def examples(tmp_path):
-    """A copy of the examples with a small corpus, so that their stores are new and quickly filled."""
-    folder = tmp_path / "examples"
-    (folder / "corpus").mkdir(parents=True)
-    for name in CORPUS:
-        shutil.copy(ROOT / "examples" / "corpus" / name, folder / "corpus" / name)
-    for path in (ROOT / "examples").glob("*.*"):
-        shutil.copy(path, folder / path.name)
-    return folder
+def run(examples, monkeypatch, capsys):
+    """Runs an example in this process, so that torch and the libraries are loaded but once; gives what it printed."""
+
+    def run_(name, *arguments):
+        monkeypatch.chdir(examples)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runpy.run_path(str(examples / f"{name}.py"), run_name="__main__")
+        with warnings.catch_warnings():  # LlamaIndex's chat memory leaves its database open, as any program that ends
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+        return capsys.readouterr().out
+
+    return run_
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_one_line_swap_answers_from_stored_kv(name, examples):
-    assert len((examples / f"{name}.py").read_text("utf-8").splitlines()) <= 40
-    script = [sys.executable, str(examples / f"{name}.py")]
-    result = subprocess.run(script, capture_output=True, text=True, cwd=examples)
-    assert result.returncode == 0, result.stderr
-    reused = [int(a or b) for a, b in re.findall(r"reused (\d+) tokens|(\d+) tokens reused", result.stdout)]
-    assert len(reused) == 2 and all(count > 100 for count in reused), result.stdout
-    assert result.stdout.count("first token after") + result.stdout.count("TTFT") == 2
+def test_a_one_line_swap_answers_from_stored_kv(name, run):
+    assert len((ROOT / "examples" / f"{name}.py").read_text("utf-8").splitlines()) <= 40
+    out = run(name)
+    reused = [int(a or b) for a, b in re.findall(r"reused (\d+) tokens|(\d+) tokens reused", out)]
+    assert len(reused) == 2 and all(count > 100 for count in reused), out
+    assert out.count("first token after") + out.count("TTFT") == 2
 
 
-def test_links_are_trained_on_a_store_without_labels(examples):
-    """A few questions and steps: enough to see every stage run, not to learn much."""
-    script = [sys.executable, str(examples / "train_links.py"), "2", "2", "2"]
-    result = subprocess.run(script, capture_output=True, text=True, cwd=examples)
-    assert result.returncode == 0, result.stderr
-    assert re.findall(r"(before|after) +same word as full prefill \d+\.\d%, KL \d", result.stdout) == [
-        "before",
-        "after",
-    ]
+def test_links_are_trained_on_a_store_without_labels(run):
+    """One question and one step: enough to see every stage run, not to learn anything."""
+    said = re.findall(r"(before|after) +same word as full prefill \d+\.\d%, KL \d", run("train_links", "1", "1", "1"))
+    assert said == ["before", "after"]
 
 
 @pytest.mark.parametrize(
@@ -60,15 +57,11 @@ def test_links_are_trained_on_a_store_without_labels(examples):
         ("own_model", r"proven movable(.|\n)*[1-9]\d* tokens reused; the same answer read afresh: True"),
     ],
 )
-def test_an_example_runs_as_it_stands(name, says, examples, monkeypatch, capsys):
-    """In this process, so that torch and the models' libraries are loaded but once."""
+def test_an_example_runs_as_it_stands(name, says, run, monkeypatch):
     lines = iter(["What is the fog horn of the lighthouse called?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    path = examples / f"{name}.py"
-    assert len(path.read_text("utf-8").splitlines()) <= 60
-    runpy.run_path(str(path), run_name="__main__")
-    assert re.search(says, out := capsys.readouterr().out), out
+    assert len((ROOT / "examples" / f"{name}.py").read_text("utf-8").splitlines()) <= 60
+    assert re.search(says, out := run(name)), out
 
 
 def test_the_server_example_speaks_with_openai_s_client(examples):

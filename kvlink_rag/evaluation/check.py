@@ -133,25 +133,30 @@ def check(
     linkings: Sequence[str],
     *,
     precision: str = "model",
+    lengths: Sequence[int] = LENGTHS,
     repeats: int = 3,
     progress: Progress = lambda stage, done, total: None,
 ) -> Verdict:
-    """Hold `linkings` against a full prefill; the verdict is on the first. precision: of stored KV.
+    """Hold `linkings` against a full prefill; the verdict is on the first.
 
-    Raises BadInput without examples, and where a full prefill is to be held against itself.
+    precision: of stored KV. lengths: tokens of context to time, those beyond the model's window left out. Raises
+    BadInput without examples, without a length, and where a full prefill is to be held against itself.
     """
     if not examples:
         raise BadInput("there is no question to check with")
     linkings = list(dict.fromkeys(linkings))
     if "full" in linkings:
         raise BadInput("full is what a check holds the others against; name another linking")
+    longest = model.max_positions - 64
+    lengths = tuple(sorted({length for length in lengths if 0 < length < longest}))
+    if not lengths:
+        raise BadInput(f"there is no context length to time: give one between 1 and {longest - 1:,} tokens")
     encoder = Encoder(model, precision=Precision.parse(precision))
 
     def quality() -> tuple[Exactness, dict[str, Closeness]]:
         return exactness(encoder, links, examples[0]), compare(encoder, links, examples, linkings, progress)
 
     exact, found = compute.run(lambda job: quality())
-    lengths = tuple(length for length in LENGTHS if length < model.max_positions - 64)
     clocks = _clocks(model, links, precision, ["full", *linkings], lengths, repeats, progress)
     return Verdict(
         model=model.public_name,
