@@ -78,7 +78,8 @@ class Job:
 class ComputeThread:
     """A daemon thread that performs jobs one after another; started at first use, anew after a fork."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "kvlink-compute") -> None:
+        self._name = name
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -94,9 +95,11 @@ class ComputeThread:
         result: T = job.result()
         return result
 
-    def submit(self, work: Callable[[Job], Any]) -> None:
-        """Begin work nobody waits for; what it raises goes with it."""
-        self._submit(Job(work))
+    def submit(self, work: Callable[[Job], Any]) -> Job:
+        """Begin work, to be asked for its result later; where nobody does, what it raises goes with it."""
+        job = Job(work)
+        self._submit(job)
+        return job
 
     def give_way(self, seconds: float = 0.2) -> None:
         """Perform what others wait for, for about so long; called by long work between its steps, on the thread."""
@@ -167,7 +170,7 @@ class ComputeThread:
         with self._guard:
             if self._thread is None or self._pid != os.getpid():
                 self._jobs, self._pid = queue.SimpleQueue(), os.getpid()
-                self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="kvlink-compute", daemon=True)
+                self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=self._name, daemon=True)
                 self._thread.start()
             self._jobs.put(job)
 

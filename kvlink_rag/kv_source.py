@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
+import torch
+
+from kvlink_rag.compute import ComputeThread, Job
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import CannotStore
 from kvlink_rag.kv import KV, StoredKV
@@ -13,6 +19,8 @@ from kvlink_rag.store.kv_store import KVStore
 
 log = logging.getLogger(__name__)
 MAX_PREFIXES = 8  # system messages whose KV is kept in memory
+MAX_AHEAD = 2  # chunks in memory that wait to be placed
+reading = ComputeThread("kvlink-reading")  # reads and verifies what is placed next; never computes with tensors
 
 
 class KVSource:
@@ -69,26 +77,57 @@ class KVSource:
 
 
 class Loading:
-    """The chunks of one context on their way; iterate to get their KVs in order, one in memory at a time."""
+    """The chunks of one context on their way; iterate to get their KVs in order, a few in memory at a time.
+
+    While one is placed the next are read and verified on a thread of their own.
+    """
 
     def __init__(self, source: KVSource, chunk_ids: Sequence[tuple[int, ...]], reuse: bool):
         started = time.perf_counter()
         self._source, self._chunk_ids = source, chunk_ids
         missing = [ids for ids in chunk_ids if not (reuse and source.is_stored(ids))]
         self._encoded = source.encode(missing, keep=reuse)
-        self.seconds = time.perf_counter() - started
+        self.seconds = time.perf_counter() - started  # that an answer waited
         self.read_s: dict[tuple[int, ...], float] = {}
 
     def __iter__(self) -> Iterator[StoredKV]:
-        for ids in self._chunk_ids:
+        jobs: deque[Job | None] = deque()
+        coming = iter(self._chunk_ids)
+        with _on_one_core():
+            for ids in self._chunk_ids:
+                started = time.perf_counter()
+                jobs.extend(self._begin(following) for following in islice(coming, MAX_AHEAD - len(jobs)))
+                job = jobs.popleft()
+                kv = self._encoded.get(ids) or (job.result() if job else None)
+                if kv is None:  # it was there, but failed verification
+                    kv = self._encoded[ids] = self._source.encode([ids])[ids]
+                self.seconds += time.perf_counter() - started
+                yield kv
+
+    def _begin(self, ids: tuple[int, ...]) -> Job | None:
+        """Have a stored chunk read."""
+        if ids in self._encoded:
+            return None
+
+        def read(job: Job) -> StoredKV | None:
             started = time.perf_counter()
-            kv = self._encoded.get(ids) or self._source.stored(ids)
-            if kv is None:  # it was there, but failed verification
-                kv = self._encoded[ids] = self._source.encode([ids])[ids]
+            kv = self._source.stored(ids)
             self.read_s[ids] = time.perf_counter() - started
-            self.seconds += self.read_s[ids]
-            yield kv
+            return kv
+
+        return reading.submit(read)
 
     def is_reused(self, ids: tuple[int, ...]) -> bool:
         """Whether the chunk's KV came from the store."""
         return ids not in self._encoded
+
+
+@contextlib.contextmanager
+def _on_one_core() -> Iterator[None]:
+    """Tensor work of this thread on one core, so that reading has another; waiting OpenMP threads would spin on it."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)

@@ -34,11 +34,13 @@ class Pairing:
         """The dimensions that turn."""
         return slice(self.start, self.start + 2 * self.num_pairs)
 
-    def partners(self, turned: Tensor) -> Tensor:
-        """A copy of turned [..., 2 * num_pairs] in which the two dimensions of every pair have changed places."""
-        if not self.interleaved:
-            return turned.roll(self.num_pairs, -1)
-        return turned.reshape(*turned.shape[:-1], self.num_pairs, 2).flip(-1).flatten(-2)
+    @property
+    def sides(self) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """Of the dimensions that turn: those of each side of the pairs, and their partners."""
+        first, second = slice(0, self.num_pairs), slice(self.num_pairs, None)
+        if self.interleaved:
+            first, second = slice(0, None, 2), slice(1, None, 2)
+        return (first, second), (second, first)
 
     def spread(self, of_first: Tensor, of_second: Tensor) -> Tensor:
         """One number per dimension from one per pair: both [tokens, num_pairs] -> [tokens, 2 * num_pairs]."""
@@ -92,9 +94,13 @@ class Turns:
         step = max(1, CACHED_BYTES // bytes_per_layer)
         for first in range(0, keys.shape[0], step):
             layers = slice(first, first + step)
-            turned = keys[layers, ..., span].float()
-            moved = self.pairing.partners(turned).mul_(self.sines).addcmul_(turned, self.cosines)
-            out[layers, ..., span].copy_(moved)
+            source, target = keys[layers, ..., span].float(), out[layers, ..., span]
+            turned = target if target.dtype == torch.float32 else torch.empty_like(source)
+            torch.mul(source, self.cosines, out=turned)
+            for side, partners in self.pairing.sides:
+                turned[..., side].addcmul_(source[..., partners], self.sines[..., side])
+            if turned is not target:
+                target.copy_(turned)
         for rest in (slice(0, span.start), slice(span.stop, keys.shape[-1])):
             if rest.start < rest.stop:
                 out[..., rest].copy_(keys[..., rest])

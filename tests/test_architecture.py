@@ -17,6 +17,7 @@ LAYERS = [
     ["errors"],
     ["config", "types"],
     [
+        "adapters",
         "attention",
         "compute",
         "kv",

@@ -15,6 +15,7 @@ from blake3 import blake3
 from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.kv import KV
+from kvlink_rag.kv_source import KVSource
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.recipe import entry_key
@@ -48,6 +49,7 @@ def loading(model: LanguageModel, precision: Precision, folder: Path, repeats: i
     encoder, shape = Encoder(model, precision=precision), model.kv_shape
     store = DiskStore(folder, max_bytes=2**34)
     kvs = KVStore(store, encoder.fingerprint, shape, precision=precision)
+    source = KVSource(encoder, kvs)
     chunks = [tuple(range(n, n + CHUNK_TOKENS)) for n in range(NUM_CHUNKS)]
     generator = torch.Generator().manual_seed(0)
     sizes = (shape.num_layers, shape.num_kv_heads, CHUNK_TOKENS)
@@ -59,10 +61,10 @@ def loading(model: LanguageModel, precision: Precision, folder: Path, repeats: i
 
     def load() -> None:
         context = Context(model.rope, model.buffers, NUM_CHUNKS * CHUNK_TOKENS, 1)
-        for place, ids in enumerate(chunks):
-            kv = kvs.get(ids)
-            assert kv is not None
+        loading = source.load(chunks)
+        for place, kv in enumerate(loading):
             context.place(kv, place * CHUNK_TOKENS)
+        assert all(loading.is_reused(ids) for ids in chunks)
         context.release()
 
     load()
