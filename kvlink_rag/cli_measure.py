@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,6 @@ from kvlink_rag.cli_options import (
     Device,
     Dtype,
     Json,
-    Links,
     Model,
     Precision,
     loaded_model,
@@ -127,7 +127,10 @@ def evaluate(
         Path | None, typer.Option("--out", help="Folder for every answer, table and plots; a second run goes on there.")
     ] = None,
     model: Model = DEFAULT_MODEL_NAME,
-    links: Links = None,
+    links: Annotated[
+        list[str] | None,
+        typer.Option("--links", help="Folder of a link checkpoint for this model; untrained: none. Repeatable."),
+    ] = None,
     adapter: Adapter = None,
     precision: Precision = "model",
     dtype: Dtype = "auto",
@@ -152,23 +155,22 @@ def evaluate(
             raise BadInput("two data files have the same name; rename one")
         examples = read_data(source, limit)
         files[name] = [arranged(example, order=order, num_documents=num_documents, seed=seed) for example in examples]
-    language_model, checkpoint = loaded_model(model, dtype, device, links=links, adapter=adapter)
     from kvlink_rag.compute import compute
-    from kvlink_rag.evaluation.answers import AnswerRun, summary
+    from kvlink_rag.evaluation.answers import AnswerRun, Arm, summary
     from kvlink_rag.evaluation.report import table, write_report
     from kvlink_rag.links import LinkTokens
 
-    link_tokens = checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
-    label = checkpoint.folder.name if checkpoint else UNTRAINED
+    arms = []
+    chosen_links: Sequence[str | None] = links or [None]
+    for chosen in chosen_links:
+        language_model, checkpoint = loaded_model(model, dtype, device, links=chosen, adapter=adapter)
+        link_tokens = checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
+        label = checkpoint.folder.name if checkpoint else UNTRAINED
+        arms.append(Arm(language_model, link_tokens, label, precision))
+    if len({arm.label for arm in arms}) < len(arms):
+        raise BadInput("two of --links have the same folder name, under which results are kept; rename one")
     with tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder, progress_bar() as progress:
-        run = AnswerRun(
-            language_model,
-            link_tokens,
-            out or Path(folder),
-            label=label,
-            max_new_tokens=max_new_tokens,
-            precision=precision,
-        )
+        run = AnswerRun(arms, out or Path(folder), max_new_tokens=max_new_tokens)
         compute.run(lambda job: run.run(files, linkings, progress))
         files_written = write_report(run.rows, out) if out else []
     rows = summary(run.rows)

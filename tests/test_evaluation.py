@@ -12,7 +12,7 @@ from kvlink_rag import Document, KVLinkEngine, LanguageModel
 from kvlink_rag.config import DEFAULT_SYSTEM
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.agreement import agreement
-from kvlink_rag.evaluation.answers import AnswerRun, summary
+from kvlink_rag.evaluation.answers import AnswerRun, Arm, summary
 from kvlink_rag.evaluation.forced import Forcing
 from kvlink_rag.evaluation.report import table, write_report
 from kvlink_rag.evaluation.scores import interval, score, score_summary
@@ -36,6 +36,10 @@ def with_reader():
     return LanguageModel(hf, byte_tokenizer(), reader=reader)
 
 
+def arm_of(model, label="untrained"):
+    return Arm(model, LinkTokens.untrained(model), label)
+
+
 def ask(engine, example, linking):
     return engine.ask(
         example.question, documents=example.documents, system=DEFAULT_SYSTEM, linking=linking, max_new_tokens=8
@@ -45,11 +49,29 @@ def ask(engine, example, linking):
 @pytest.mark.parametrize("has_reader", [False, True])
 def test_every_arm_answers_as_the_product_does(has_reader, tiny, with_reader, tmp_path):
     model = with_reader if has_reader else tiny
-    run = AnswerRun(model, LinkTokens.untrained(model), tmp_path / "out", label="untrained", max_new_tokens=8)
+    run = AnswerRun([arm_of(model)], tmp_path / "out", max_new_tokens=8)
     run.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
     with KVLinkEngine(model, tmp_path / "store") as engine:
         for row in run.rows:
             assert row["prediction"] == ask(engine, EXAMPLES[row["number"]], row["linking"])
+
+
+def test_several_checkpoints_over_one_base_answer_as_each_does_alone(tiny, with_reader, tmp_path):
+    """Their documents are encoded once, by the base that they share."""
+    reader = with_reader.reader
+    base, read = (LanguageModel(tiny.hf, byte_tokenizer(), reader=each) for each in (None, reader))
+    arms = [arm_of(base, "base"), arm_of(read, "reader")]
+    encoded = []
+    for arm in arms:
+        arm.forcing.chunks = lambda prompt, chunks=arm.forcing.chunks: encoded.append(prompt) or chunks(prompt)
+    together = AnswerRun(arms, tmp_path / "together", max_new_tokens=8)
+    together.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
+    assert len(encoded) == len(EXAMPLES)
+    for label, model in (("base", base), ("reader", read)):
+        alone = AnswerRun([arm_of(model, label)], tmp_path / label, max_new_tokens=8)
+        alone.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
+        assert alone.rows == [row for row in together.rows if row["links"] == label]
+    assert together.rows[0]["nll"] != together.rows[3]["nll"]
 
 
 def test_nll_is_the_model_s_own_loss_on_the_answer(tiny):
@@ -86,7 +108,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
     links = LinkTokens.untrained(tiny)
 
     def run(data, linkings):
-        found = AnswerRun(tiny, links, tmp_path, label="untrained", max_new_tokens=2)
+        found = AnswerRun([Arm(tiny, links, "untrained")], tmp_path, max_new_tokens=2)
         found.run({"data": data}, linkings, lambda stage, done, total: None)
         return found.rows
 
@@ -150,7 +172,7 @@ def test_a_summary_has_a_row_per_data_set_and_arm_and_their_mean():
 
 def test_every_arm_is_held_against_the_full_prefill(tiny, tmp_path):
     """Along its first answer tokens: it agrees with itself wholly, others less, as `agreement` says too."""
-    run = AnswerRun(tiny, LinkTokens.untrained(tiny), tmp_path / "out", label="untrained", max_new_tokens=16)
+    run = AnswerRun([arm_of(tiny)], tmp_path / "out", max_new_tokens=16)
     run.run({"data": EXAMPLES}, ["plain", "full"], lambda stage, done, total: None)
     of_full, of_plain = ([row for row in run.rows if row["linking"] == name] for name in ("full", "plain"))
     assert all(row["top1"] == 1.0 and abs(row["kl"]) < 1e-4 for row in of_full)
@@ -163,7 +185,7 @@ def test_every_arm_is_held_against_the_full_prefill(tiny, tmp_path):
 def test_what_does_not_fit_the_window_is_counted_and_never_cut(tmp_path):
     model = build("llama", max_position_embeddings=400)
     long = Example("Called?", ("Bertha",), (Document("The horn is called Bertha. " * 20),))
-    run = AnswerRun(model, LinkTokens.untrained(model), tmp_path, label="untrained", max_new_tokens=8)
+    run = AnswerRun([arm_of(model)], tmp_path, max_new_tokens=8)
     run.run({"data": [EXAMPLES[1], long]}, ["full", "plain"], lambda stage, done, total: None)
     assert [row.get("too_long") is not None for row in run.rows] == [False, False, True, True]
     assert {(row["examples"], row["too_long"]) for row in summary(run.rows)} == {(1, 1)}
@@ -175,7 +197,7 @@ def test_summaries_are_scored_by_rouge(tiny, tmp_path):
         5 / 6, abs=1e-3
     )
     asked = Example("Summarize.", ("They meet at nine.",), DOCUMENTS[:1], frozenset(), SUMMARY)
-    run = AnswerRun(tiny, LinkTokens.untrained(tiny), tmp_path, label="untrained", max_new_tokens=4)
+    run = AnswerRun([arm_of(tiny)], tmp_path, max_new_tokens=4)
     run.run({"news": [asked], "qa": EXAMPLES}, ["full"], lambda stage, done, total: None)
     of_news, of_qa, mean = summary(run.rows)
     assert "rouge_l" in of_news and "accuracy" not in of_news and "rouge_l" not in of_qa

@@ -34,27 +34,26 @@ NUM_TOKENS = 16  # of an answer, along which arms are held against the full pref
 Row = dict[str, Any]
 
 
-class AnswerRun:
-    """Answers examples with one model under several linkings, one row each, kept in `results.jsonl` of a folder.
+class Arm:
+    """A model with its links, and under which name its rows are kept."""
 
-    A run that was cut off goes on where it stopped; runs of other models may write to the same folder.
+    def __init__(self, model: LanguageModel, links: LinkTokens, label: str, precision: str = "model"):
+        self.model = model
+        self.encoder = Encoder(model, precision=Precision.parse(precision))
+        self.forcing, self.num_links = Forcing(self.encoder, links), links.num_per_chunk
+        self.label = label if precision == "model" else f"{label}, {precision}"
+
+
+class AnswerRun:
+    """Answers examples with one or several models under several linkings, kept in `results.jsonl` of a folder.
+
+    A run that was cut off goes on where it stopped; other runs may write to the same folder. Documents are encoded once
+    for all arms that read them by the same recipe: checkpoints with links or readers of their own over one base.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        links: LinkTokens,
-        folder: Path,
-        *,
-        label: str,
-        max_new_tokens: int,
-        precision: str = "model",
-    ):
-        self._model, self._label = model, label if precision == "model" else f"{label}, {precision}"
-        self._encoder = Encoder(model, precision=Precision.parse(precision))
+    def __init__(self, arms: Sequence[Arm], folder: Path, *, max_new_tokens: int):
+        self._arms = arms
         self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
-        self._forcing, self._num_links = Forcing(self._encoder, links), links.num_per_chunk
-        self._tokenizer = model.tokenizer
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "results.jsonl"
         self.rows = read_rows(self._path)
@@ -70,27 +69,38 @@ class AnswerRun:
         done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
         order = sorted((number, name) for name, examples in data.items() for number in range(len(examples)))
         for place, (number, name) in enumerate(order, 1):
-            missing = [linking for linking in linkings if (name, number, self._label, linking) not in done]
-            if missing:
-                self._answer(name, number, data[name][number], missing)
+            kvs: dict[str, list[StoredKV]] = {}  # by recipe, of this example's chunks
+            for arm in self._arms:
+                missing = [linking for linking in linkings if (name, number, arm.label, linking) not in done]
+                if missing:
+                    self._answer(name, number, data[name][number], arm, missing, kvs)
             progress("examples", place, len(order))
 
-    def _answer(self, name: str, number: int, example: Example, linkings: Sequence[str]) -> None:
-        prompt = prompt_of(self._encoder, example)
-        gold = (*self._tokenizer.plain_ids(example.answers[0]), *stop_ids(self._tokenizer))
-        about: Row = {"data": name, "number": number, "links": self._label}
+    def _answer(
+        self,
+        name: str,
+        number: int,
+        example: Example,
+        arm: Arm,
+        linkings: Sequence[str],
+        kvs: dict[str, list[StoredKV]],
+    ) -> None:
+        prompt = prompt_of(arm.encoder, example)
+        tokenizer = arm.model.tokenizer
+        gold = (*tokenizer.plain_ids(example.answers[0]), *stop_ids(tokenizer))
+        about: Row = {"data": name, "number": number, "links": arm.label}
         about["num_documents"] = len(example.documents)
         about["gold"] = min(example.gold) + 1 if example.gold else None
-        tokens = len(prompt.ids) + self._num_links * len(prompt.chunk_ids)
-        if tokens + max(len(gold), self._settings.max_new_tokens) > self._model.max_positions:
+        tokens = len(prompt.ids) + arm.num_links * len(prompt.chunk_ids)
+        if tokens + max(len(gold), self._settings.max_new_tokens) > arm.model.max_positions:
             self._keep([{**about, "linking": linking, "too_long": tokens} for linking in linkings])
             return
-        kvs: list[StoredKV] = []
-        if any(get_linking(linking).uses_stored_kv for linking in linkings):
-            kvs = self._forcing.chunks(prompt)
+        recipe = arm.encoder.fingerprint
+        if recipe not in kvs and any(get_linking(linking).uses_stored_kv for linking in linkings):
+            kvs[recipe] = arm.forcing.chunks(prompt)
         reference: _Said | None = None
         for linking in sorted(linkings, key=lambda linking: linking != "full"):
-            said = self._one(prompt, gold, linking, kvs, reference)
+            said = self._one(arm, prompt, gold, linking, kvs.get(recipe, []), reference)
             reference = said if linking == "full" else reference
             row = {**about, "linking": linking, "nll": round(said.nll, 4), **_scores(example, said.text)}
             if reference is not None:
@@ -103,13 +113,19 @@ class AnswerRun:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def _one(
-        self, prompt: Prompt, gold: Sequence[int], linking: str, kvs: Sequence[StoredKV], reference: _Said | None
+        self,
+        arm: Arm,
+        prompt: Prompt,
+        gold: Sequence[int],
+        linking: str,
+        kvs: Sequence[StoredKV],
+        reference: _Said | None,
     ) -> _Said:
         """The greedy answer; the NLL of the accepted one; and what is predicted along the reference's answer, or along
         this one where there is none."""
-        model = self._model
+        model = arm.model
         room = max(self._settings.max_new_tokens, NUM_TOKENS)
-        context, logits = self._forcing.logits(prompt, kvs, linking, gold, room)
+        context, logits = arm.forcing.logits(prompt, kvs, linking, gold, room)
         nll = float(cross_entropy(logits.float(), torch.tensor(gold, device=logits.device)))
         context.rewind(len(gold) - 1, prompt.question_ids[-1:])
         pieces: list[str] = []
