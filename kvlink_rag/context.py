@@ -8,7 +8,8 @@ the gaps that were left for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,8 +169,9 @@ class Context:
         """
         stop, turned = start + kv.num_tokens, start if position is None else position
         table = self._table[turned : turned + kv.num_tokens]
-        table.apply(kv.keys.to(self._keys.device), out=self._keys[:, :, start:stop])
-        self._values[:, :, start:stop].copy_(kv.values)
+        with _on_one_core():
+            table.apply(kv.keys.to(self._keys.device), out=self._keys[:, :, start:stop])
+            self._values[:, :, start:stop].copy_(kv.values)
         self.num_placed += kv.num_tokens
 
     def take_back(self, num_tokens: int) -> None:
@@ -266,3 +268,14 @@ class Pending:
     embeds: Tensor | None
     ids: Tensor | None
     by_reader: bool
+
+
+@contextmanager
+def _on_one_core() -> Iterator[None]:
+    """Tensor work on one core: another reads what is placed next, and OpenMP threads that wait would spin on it."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)

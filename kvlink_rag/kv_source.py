@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
-
-import torch
 
 from kvlink_rag.compute import ComputeThread, Job
 from kvlink_rag.encoding import Encoder
@@ -93,16 +90,15 @@ class Loading:
     def __iter__(self) -> Iterator[StoredKV]:
         jobs: deque[Job | None] = deque()
         coming = iter(self._chunk_ids)
-        with _on_one_core():
-            for ids in self._chunk_ids:
-                started = time.perf_counter()
-                jobs.extend(self._begin(following) for following in islice(coming, MAX_AHEAD - len(jobs)))
-                job = jobs.popleft()
-                kv = self._encoded.get(ids) or (job.result() if job else None)
-                if kv is None:  # it was there, but failed verification
-                    kv = self._encoded[ids] = self._source.encode([ids])[ids]
-                self.seconds += time.perf_counter() - started
-                yield kv
+        for ids in self._chunk_ids:
+            started = time.perf_counter()
+            jobs.extend(self._begin(following) for following in islice(coming, MAX_AHEAD - len(jobs)))
+            job = jobs.popleft()
+            kv = self._encoded.get(ids) or (job.result() if job else None)
+            if kv is None:  # it was there, but failed verification
+                kv = self._encoded[ids] = self._source.encode([ids])[ids]
+            self.seconds += time.perf_counter() - started
+            yield kv
 
     def _begin(self, ids: tuple[int, ...]) -> Job | None:
         """Have a stored chunk read."""
@@ -120,14 +116,3 @@ class Loading:
     def is_reused(self, ids: tuple[int, ...]) -> bool:
         """Whether the chunk's KV came from the store."""
         return ids not in self._encoded
-
-
-@contextlib.contextmanager
-def _on_one_core() -> Iterator[None]:
-    """Tensor work of this thread on one core, so that reading has another; waiting OpenMP threads would spin on it."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(number)
