@@ -20,11 +20,11 @@ from kvlink_rag.cli_options import (
     Model,
     Namespace,
     Precision,
+    linked_model,
     loaded,
-    loaded_model,
     numbers,
 )
-from kvlink_rag.config import AUTO, PUBLIC
+from kvlink_rag.config import AUTO, PUBLIC, UNTRAINED
 from kvlink_rag.console import notes, progress_bar
 from kvlink_rag.errors import BadInput
 
@@ -65,12 +65,10 @@ def check(
     lengths = numbers("--contexts", contexts)
     given = read_data(data, questions) if data is not None else None
     from kvlink_rag.evaluation.check import check as run_check
-    from kvlink_rag.links import LinkTokens
 
     if store is None:
-        language_model, checkpoint = loaded_model(model, dtype, device, links=links, adapter=adapter)
-        link_tokens = checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
-        names = [resolve_linking(linking, has_links=checkpoint is not None), *BESIDE]
+        language_model, link_tokens = linked_model(model, dtype, device, links, adapter)
+        names = [resolve_linking(linking, has_links=link_tokens.name != UNTRAINED), *BESIDE]
         examples = (given if given is not None else own_questions())[:questions]
         with progress_bar() as progress:
             verdict = run_check(

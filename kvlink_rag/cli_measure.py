@@ -16,8 +16,10 @@ from kvlink_rag.cli_options import (
     Device,
     Dtype,
     Json,
+    Links,
     Model,
     Precision,
+    linked_model,
     loaded_model,
     numbers,
 )
@@ -33,6 +35,7 @@ def ttft(
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,2000,4000,8000",
     repeats: Annotated[int, typer.Option(help="Interleaved runs per length.", min=1)] = 5,
     model: Model = DEFAULT_MODEL_NAME,
+    links: Links = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -41,17 +44,18 @@ def ttft(
     from kvlink_rag.evaluation.ttft import run_ttft
 
     lengths = numbers("--contexts", contexts)
-    language_model, _ = loaded_model(model, dtype, device)
+    language_model, link_tokens = linked_model(model, dtype, device, links)
     with progress_bar() as progress:
-        rows = run_ttft(language_model, lengths, repeats, progress)
+        rows = run_ttft(language_model, link_tokens, lengths, repeats, progress)
     if as_json:
         print(json.dumps(rows))
         return
-    print("context      full    linked     floor    less  x floor  KV/token      encode")
+    print("context  computed      full    linked     floor    less  x floor  KV/token      encode")
     for row in rows:
+        seconds = "".join(f"{row[name]:>8.3f} s" for name in ("full_s", "linked_s", "floor_s"))
         print(
-            f"{row['context_tokens']:>7} {row['full_s']:>7.3f} s {row['linked_s']:>7.3f} s {row['floor_s']:>7.3f} s "
-            f"{row['reduction']:>6.1%} {row['linked_over_floor']:>8.2f} {row['kv_bytes_per_token'] / 1024:>6.1f} KiB "
+            f"{row['context_tokens']:>7} {row['computed_tokens']:>9}{seconds} {row['reduction']:>6.1%} "
+            f"{row['linked_over_floor']:>8.2f} {row['kv_bytes_per_token'] / 1024:>6.1f} KiB "
             f"{row['encode_tokens_per_s']:>9,.0f}/s"
         )
 
@@ -61,6 +65,7 @@ def decode(
     context: Annotated[int, typer.Option(help="Context length in tokens.")] = 4000,
     repeats: Annotated[int, typer.Option(help="Interleaved runs.", min=1)] = 5,
     model: Model = DEFAULT_MODEL_NAME,
+    links: Links = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -68,9 +73,9 @@ def decode(
     """Decoding speed over a linked context against plain generate; peak memory of an answer."""
     from kvlink_rag.evaluation.decode import run_decode
 
-    language_model, _ = loaded_model(model, dtype, device)
+    language_model, link_tokens = linked_model(model, dtype, device, links)
     with progress_bar() as progress:
-        say(run_decode(language_model, context, repeats, progress), as_json)
+        say(run_decode(language_model, link_tokens, context, repeats, progress), as_json)
 
 
 @bench_app.command()
@@ -158,14 +163,12 @@ def evaluate(
     from kvlink_rag.compute import compute
     from kvlink_rag.evaluation.answers import AnswerRun, Arm, summary
     from kvlink_rag.evaluation.report import table, write_report
-    from kvlink_rag.links import LinkTokens
 
     arms = []
     chosen_links: Sequence[str | None] = links or [None]
     for chosen in chosen_links:
-        language_model, checkpoint = loaded_model(model, dtype, device, links=chosen, adapter=adapter)
-        link_tokens = checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
-        label = checkpoint.folder.name if checkpoint else UNTRAINED
+        language_model, link_tokens = linked_model(model, dtype, device, chosen, adapter)
+        label = UNTRAINED if link_tokens.name == UNTRAINED else Path(link_tokens.name).name
         arms.append(Arm(language_model, link_tokens, label, precision))
     if len({arm.label for arm in arms}) < len(arms):
         raise BadInput("two of --links have the same folder name, under which results are kept; rename one")

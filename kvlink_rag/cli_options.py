@@ -16,7 +16,7 @@ from kvlink_rag.console import notes
 from kvlink_rag.errors import BadInput
 
 if TYPE_CHECKING:
-    from kvlink_rag.links import Checkpoint
+    from kvlink_rag.links import Checkpoint, LinkTokens
     from kvlink_rag.model import LanguageModel
     from kvlink_rag.rag import KVLinkRAG
 
@@ -56,6 +56,16 @@ def loaded_model(
         adapter = adapter or (checkpoint.adapter if checkpoint else None)
         reader = checkpoint.reader if checkpoint else None
         return LanguageModel.load(model, adapter=adapter, reader=reader, dtype=dtype, device=device), checkpoint
+
+
+def linked_model(
+    model: str, dtype: str, device: str, links: str | None, adapter: Path | None = None
+) -> tuple[LanguageModel, LinkTokens]:
+    """A model, and the links of its checkpoint, or untrained ones."""
+    language_model, checkpoint = loaded_model(model, dtype, device, links=links, adapter=adapter)
+    from kvlink_rag.links import LinkTokens
+
+    return language_model, checkpoint.links(language_model) if checkpoint else LinkTokens.untrained(language_model)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from kvlink_rag.evaluation.growth import run_growth
 from kvlink_rag.evaluation.ingest import run_ingest
 from kvlink_rag.evaluation.ttft import run_ttft
 from kvlink_rag.index import VectorIndex
+from kvlink_rag.links import LinkTokens
 from kvlink_rag.store.kv_store import KVStore
 
 TOKEN_S = 2**-10  # of a forward, so that sums are exact
@@ -26,14 +28,15 @@ NUM_CHUNKS, NUM_LINKS = 10, 50
 def model(monkeypatch):
     """A tiny model in a world in which only forwards, reads, writes, rotating, embedding and searching take time."""
     model = tiny_models.build("llama")
-    now = [0.0]
+    now, guard = [0.0], threading.Lock()  # chunks are read on a thread of their own
 
     def takes(owner, name, seconds):
         act = getattr(owner, name)
 
         def timed(*args, **kwargs):
             result = act(*args, **kwargs)
-            now[0] += seconds(*args, **kwargs) if callable(seconds) else seconds
+            with guard:
+                now[0] += seconds(*args, **kwargs) if callable(seconds) else seconds
             return result
 
         monkeypatch.setattr(owner, name, timed)
@@ -61,7 +64,7 @@ def silent(stage, done, total):
 
 def test_time_to_first_token_holds_finding_reading_rotating_and_the_forward(model):
     """From stored KV: all of it. Full prefill: finding, and one forward over all, no more. Floor: the question."""
-    (row,) = run_ttft(model, [600], 1, silent)
+    (row,) = run_ttft(model, LinkTokens.untrained(model), [600], 1, silent)
     num_tokens = row["context_tokens"]
     found_s = EMBED_S + SEARCH_S
     assert row["full_s"] == pytest.approx(found_s + (num_tokens - NUM_LINKS) * TOKEN_S, abs=1e-4)
@@ -73,7 +76,7 @@ def test_time_to_first_token_holds_finding_reading_rotating_and_the_forward(mode
 
 def test_decoding_is_timed_from_the_first_token_on(model):
     """Neither loading nor a prefill counts: a token takes one token's time, in both arms."""
-    row = run_decode(model, 600, 1, silent)
+    row = run_decode(model, LinkTokens.untrained(model), 600, 1, silent)
     assert row["linked_tokens_per_s"] == row["plain_tokens_per_s"] == 1 / TOKEN_S
 
 

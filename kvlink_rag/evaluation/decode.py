@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from kvlink_rag.compute import compute
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.evaluation.ttft import FROM_DISK, NUM_CHUNKS, fill, make_texts
+from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.rag import KVLinkRAG
 
@@ -23,29 +24,31 @@ NEW_TOKENS = 64
 
 
 def run_decode(
-    model: LanguageModel, context: int, repeats: int, progress: Callable[[str, int, int], None]
+    model: LanguageModel, links: LinkTokens, context: int, repeats: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Tokens per second of both, interleaved, medians; peak memory above the loaded model, in bytes (Linux)."""
-    return compute.run(lambda job: _run(model, context, repeats, progress))
+    return compute.run(lambda job: _run(model, links, context, repeats, progress))
 
 
-def _run(model: LanguageModel, context: int, repeats: int, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def _run(
+    model: LanguageModel, links: LinkTokens, context: int, repeats: int, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     linked, plain = [], []
     with (
         tempfile.TemporaryDirectory(prefix="kvlink-bench-") as folder,
-        KVLinkRAG(model, Embedder(), folder, limits=FROM_DISK) as rag,
+        KVLinkRAG(model, Embedder(), folder, links=links, limits=FROM_DISK) as rag,
     ):
         question, texts = make_texts(rag, context)
         fill(rag, texts)
         rag.warm_up()
         before = _resident_bytes()
         _reset_peak()
-        answer = rag.ask(question, k=NUM_CHUNKS, max_new_tokens=NEW_TOKENS)
+        answer = rag.ask(question, k=NUM_CHUNKS, linking="link_tokens", max_new_tokens=NEW_TOKENS)
         peak = _peak_bytes()
         num_tokens = answer.tokens.reused + answer.tokens.computed
         with _endless(model):
             for run in range(repeats):
-                answer = rag.ask(question, k=NUM_CHUNKS, max_new_tokens=NEW_TOKENS)
+                answer = rag.ask(question, k=NUM_CHUNKS, linking="link_tokens", max_new_tokens=NEW_TOKENS)
                 assert answer.tokens.generated == NEW_TOKENS
                 linked.append((NEW_TOKENS - 1) / answer.timings.decode_s)
                 plain.append(_plain_rate(model, num_tokens))

@@ -25,6 +25,7 @@ from kvlink_rag.generation import generate
 from kvlink_rag.index import IndexedChunk
 from kvlink_rag.joining import LinkRequest
 from kvlink_rag.linking.link_tokens import LinkTokenLinking
+from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Message, build_prompt
 from kvlink_rag.rag import KVLinkRAG
@@ -40,21 +41,29 @@ WORDS = (
 
 
 def run_ttft(
-    model: LanguageModel, contexts: list[int], repeats: int, progress: Callable[[str, int, int], None]
+    model: LanguageModel,
+    links: LinkTokens,
+    contexts: list[int],
+    repeats: int,
+    progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
     """One row per context length (tokens of prefix, chunks, links and question together)."""
-    return compute.run(lambda job: _run(model, contexts, repeats, progress))
+    return compute.run(lambda job: _run(model, links, contexts, repeats, progress))
 
 
 def _run(
-    model: LanguageModel, contexts: list[int], repeats: int, progress: Callable[[str, int, int], None]
+    model: LanguageModel,
+    links: LinkTokens,
+    contexts: list[int],
+    repeats: int,
+    progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
     embedder = Embedder()
     rows: list[dict[str, Any]] = []
     for length in contexts:
         with (
             tempfile.TemporaryDirectory(prefix="kvlink-bench-") as folder,
-            KVLinkRAG(model, embedder, folder, limits=FROM_DISK) as rag,
+            KVLinkRAG(model, embedder, folder, links=links, limits=FROM_DISK) as rag,
         ):
             done, total = len(rows) * repeats, len(contexts) * repeats
             rows.append(_measure(rag, length, repeats, partial(_report, progress, done, total)))
@@ -84,6 +93,7 @@ def _measure(rag: KVLinkRAG, length: int, repeats: int, report: Callable[[int], 
     full_s, linked_s, floor_s = (statistics.median(times) for times in (full, linked, floor))
     return {
         "context_tokens": linked_answer.tokens.reused + linked_answer.tokens.computed,
+        "computed_tokens": linked_answer.tokens.computed,
         "full_s": round(full_s, 4),
         "linked_s": round(linked_s, 4),
         "floor_s": round(floor_s, 4),
