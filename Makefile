@@ -22,9 +22,9 @@ demo: install  ## add the sample corpus, ask three questions
 	$(BIN)/python examples/demo.py
 
 test: export OMP_NUM_THREADS = 1
-test: install  ## JOBS processes, a file of tests at a time, each on one thread
-	$(BIN)/pytest -n $(JOBS) --dist loadfile
-	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest -n $(JOBS) --dist loadfile) || exit 1; done
+test: install  ## JOBS processes, each on one thread
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
+	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest -n $(JOBS) --dist worksteal) || exit 1; done
 
 fix: install
 	$(BIN)/ruff format .
