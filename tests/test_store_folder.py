@@ -118,6 +118,40 @@ def test_verify_drops_what_is_damaged_and_keeps_the_rest(disk):
     assert list(disk.keys()) == [keys[2]] and disk.verify() == (1, [])
 
 
+def test_a_check_calls_nothing_damaged_whose_time_is_over(tmp_path, monkeypatch):
+    """Expired entries are removed and counted as such; only what is damaged is reported."""
+    clock = time.time()
+    monkeypatch.setattr(time, "time", lambda: clock)
+    store = DiskStore(tmp_path, max_bytes=ROOM, ttl_s=60)
+    for n in range(3):
+        store.put(identity_of((n,)).key, entry_of((n,)))
+    clock += 61
+    store.put(key_of(9), entry_of((9,)))
+    for n in range(3):
+        store.put(identity_of((n,)).key, entry_of((n,)))
+    clock += 61
+    assert store.verify() == (0, [])
+    assert (store.counters.expired, store.counters.quarantined) == (7, 0) and not entry_files(tmp_path)
+    store.close()
+
+
+def test_a_check_calls_nothing_damaged_that_is_written_anew_meanwhile(disk, monkeypatch):
+    """A file that an overwrite has just replaced is not missing: the newer one is there."""
+    key, writer, real_open, overtaken = identity_of().key, DiskStore(disk.folder, max_bytes=ROOM), os.open, []
+    disk.put(key, entry_of(seed=1))
+
+    def late_open(path, *args, **options):
+        if str(path).endswith(".kv") and not overtaken:
+            overtaken.append(path)
+            writer.put(key, entry_of(seed=2))
+        return real_open(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", late_open)
+    assert disk.verify()[1] == [] and overtaken and disk.counters.quarantined == 0
+    assert disk.get(key) == entry_of(seed=2)
+    writer.close()
+
+
 def test_what_a_killed_writer_left_is_swept_or_taken_in_at_the_next_opening(tmp_path):
     """Half-written files go; whole entries without a row are taken in, once; rows without a file go."""
     store = DiskStore(tmp_path, max_bytes=ROOM)
