@@ -109,6 +109,25 @@ def test_a_symlink_in_place_of_an_entry_is_not_followed(disk, tmp_path, monkeypa
     assert victim.read_bytes() == entry_of()
 
 
+def test_a_folder_in_place_of_an_entry_blocks_neither_writing_nor_deleting(disk):
+    """It is passed over: the key can be written, overwritten and deleted, and room be made, as if it were not there."""
+    key = identity_of().key
+    disk.put(key, entry_of())
+    (path,) = entry_files(disk.folder)
+    path.unlink()
+    path.mkdir()
+    assert disk.get(key) is None and disk.delete([key]) == 1 and key not in disk
+    for seed in (1, 2):
+        disk.put(key, entry_of(seed=seed))
+        assert disk.get(key) == entry_of(seed=seed)
+    newest = next(path for path in entry_files(disk.folder) if path.is_file())
+    newest.unlink()
+    newest.mkdir()
+    disk.put(key, entry_of(seed=3))
+    assert disk.get(key) == entry_of(seed=3) and disk.verify() == (1, [])
+    assert disk.delete([key]) == 1 and path.is_dir() and newest.is_dir()
+
+
 BAD_KEYS = [
     "",
     "ab",

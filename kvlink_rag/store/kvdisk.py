@@ -52,7 +52,8 @@ class KVDisk(Disk):  # type: ignore[misc]
         return read_entry_file(self.contained(filename))
 
     def remove(self, file_path: Any) -> None:
-        with contextlib.suppress(FileNotFoundError, CorruptEntry):  # a row may name what is no entry: left alone
+        # a row may name what is no entry, or a folder in its place: left alone
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, CorruptEntry):
             self.contained(file_path).unlink()
 
     def contained(self, name: Any) -> Path:
