@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import combinations
 
 import pytest
 import torch
@@ -235,19 +235,23 @@ def test_entries_of_other_format_versions_are_refused():
             verify(body + blake3(body).digest())
 
 
-def test_each_sector_zeroed_or_swapped_is_refused():
-    """Torn and misdirected writes: every 512-byte sector of a 20 KiB entry zeroed, and each exchanged with the next."""
+@pytest.mark.parametrize("size", [512, 4096])
+def test_each_sector_zeroed_or_swapped_is_refused(size):
+    """G2: torn and misdirected writes: every sector of a 20 KiB entry zeroed, and each exchanged with each other."""
     ids = tuple(range(80))
     entry = entry_of(ids)
-    sectors = [slice(start, start + 512) for start in range(0, len(entry) - 512, 512)]
-    assert len(sectors) > 37
-    for one, other in pairwise(sectors):
-        zeroed, swapped = bytearray(entry), bytearray(entry)
-        zeroed[one] = bytes(512)
-        swapped[one], swapped[other] = swapped[other], swapped[one]
-        for damaged in (zeroed, swapped):
-            with pytest.raises(CorruptEntry):
-                verify(damaged, identity_of(ids))
+    sectors = [slice(start, start + size) for start in range(0, len(entry) - size, size)]
+    assert len(sectors) == (len(entry) - 1) // size > 4
+    for one in sectors:
+        zeroed = bytearray(entry)
+        zeroed[one] = bytes(size)
+        with pytest.raises(CorruptEntry):
+            verify(zeroed, identity_of(ids))
+    for one, other in combinations(sectors, 2):
+        swapped = bytearray(entry)
+        swapped[one], swapped[other] = entry[other], entry[one]
+        with pytest.raises(CorruptEntry):
+            verify(swapped, identity_of(ids))
 
 
 def test_every_single_flipped_bit_of_a_20_kib_entry_is_refused():
