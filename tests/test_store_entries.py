@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from itertools import combinations
 
 import pytest
@@ -221,6 +222,34 @@ def test_a_header_beyond_its_bound_is_refused_before_it_is_read(length):
     """No length that an entry declares makes its reader allocate or parse more than 256 KiB of header."""
     with pytest.raises(CorruptEntry, match="longer than 262,144"):
         verify(MAGIC + length.to_bytes(4, "little") + (0).to_bytes(8, "little") + bytes(32))
+
+
+def huge(tensors: object) -> bytes:
+    """A payload that declares this; as long as it takes to say it."""
+    return payload_with(tensors, b"\0" * 64)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        huge({"keys": {**GOOD, "shape": [2**40]}, "values": {**GOOD, "data_offsets": [0, 2**42]}}),
+        huge({f"t{n}": GOOD for n in range(300_000)}),
+        (17_000_000).to_bytes(8, "little") + b" " * 17_000_000,
+        (2**18).to_bytes(8, "little") + b"[" + b"[]," * (2**18 // 3 - 1) + b"[]]" + b" " * 2**18,
+    ],
+    ids=["2^40 elements", "300,000 tensors", "17 MB header", "a quarter of a million of brackets"],
+)
+def test_a_bomb_is_refused_before_room_is_made_for_it(payload):
+    """G32: what an entry declares takes no memory: less than 16 MB beside the bytes that were read."""
+    entry = sealed(identity_of(), payload)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptEntry):
+            from_entry(entry, identity_of(), shape_of(), AS_COMPUTED)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16e6
 
 
 def test_entries_of_other_format_versions_are_refused():

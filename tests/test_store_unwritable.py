@@ -172,6 +172,41 @@ def test_a_disk_without_a_free_byte_is_read_and_deleted_from(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-3000:]
 
 
+READ_ONLY = """
+import logging, os, sys
+from kvlink_rag.store.disk import DiskStore
+logging.basicConfig(format="%(message)s")
+key = lambda n: f"{n:064x}"
+store = DiskStore(sys.argv[1] + "/kv", max_bytes=2**30)
+if sys.argv[2] == "fill":
+    for n in range(50):
+        store.put(key(n), b"entry" * 1000)
+    store.close()
+else:
+    assert os.statvfs(sys.argv[1]).f_flag & os.ST_RDONLY and store.read_only
+    for n in range(100):
+        found = store.get(key(n))
+        assert (found is None) if n >= 50 else bytes(found) == b"entry" * 1000
+        store.put(key(n), b"other" * 1000)
+        assert store.delete([key(n)]) == 0
+    assert len(list(store.keys())) == 50
+    print("done")
+"""
+
+
+def test_a_file_system_mounted_read_only_serves_every_read(tmp_path):
+    """G27: a real one; what is not there is not stored, and one warning says so."""
+    mount = 'mount -t tmpfs -o size=8m none "$1" && '
+    code = f'"{sys.executable}" -c "$2" "$1"'
+    script = f'{mount}{code} fill && mount -o remount,ro "$1" && {code} read'
+    command = ["unshare", "--mount", "--user", "--map-root-user", "sh", "-c", script, "sh", str(tmp_path), READ_ONLY]
+    if subprocess.run([*command[:6], "mount -t tmpfs none /mnt"], capture_output=True).returncode:
+        pytest.skip("NOT RUN: this machine lets nobody mount a small file system (unshare --mount --user)")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-3000:]
+    assert len(done.stderr.splitlines()) == 1 and "cannot be written" in done.stderr
+
+
 def test_a_process_without_free_descriptors_answers_from_nothing_wrong(tmp_path):
     """Reads are misses then, writes are reported; with descriptors again everything is as before."""
     code = """

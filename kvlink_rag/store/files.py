@@ -37,7 +37,7 @@ class EntryFiles:
     def of(self, key: str) -> list[Path]:
         """All files of one key; a folder in the place of one is nothing that could be read or removed."""
         shelf = self.folder / key[:2]
-        if not is_key(key) or not shelf.is_dir():
+        if not is_key(key) or not shelf.is_dir() or shelf.is_symlink():
             return []
         return [
             shelf / file.name
