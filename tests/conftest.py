@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -73,16 +71,11 @@ def rag(open_rag):
 
 @pytest.fixture
 def quick_folder(tmp_path):
-    """A folder in memory, where syncing costs nothing: killed processes lose no more there than on a disk.
+    """A folder where syncing costs nothing, for tests that are not about what a disk does."""
+    from store_parts import quick_folder_within
 
-    A folder on the disk where the system has no place in memory, or a small one.
-    """
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 2**28:
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory, prefix="kvlink-test-") as folder:
-        yield Path(folder)
+    with quick_folder_within(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import contextlib
 import os
 import stat
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_parts import FINGERPRINT, TOKEN_IDS, entry_files, random_kv, same_bits, shape_of
+from store_parts import FINGERPRINT, TOKEN_IDS, entry_files, quick_folder_within, random_kv, same_bits, shape_of
 
 from kvlink_rag.errors import BadInput, NotAStore
 from kvlink_rag.store.disk import DiskStore
@@ -113,12 +115,10 @@ NASTY = st.text(st.one_of(st.sampled_from("./\\~$%:\0\n"), TYPABLE), min_size=1,
 
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(names=st.lists(NASTY, min_size=20, max_size=20), tails=st.lists(NASTY, min_size=20, max_size=20))
-def test_no_name_of_five_thousand_and_no_key_touches_anything_outside(tmp_path_factory, names, tails):
+def test_no_name_of_five_thousand_and_no_key_touches_anything_outside(names, tails):
     """S3: watched by an audit hook, names make folders of the store only, and what is no key is no path at all."""
-    folder = tmp_path_factory.getbasetemp() / "watched"
-    folder.mkdir(exist_ok=True)
-    store = DiskStore(folder / "kv", max_bytes=2**20)
-    try:
+    with quick_folder_within(Path(tempfile.gettempdir())) as folder:
+        store = DiskStore(folder / "kv", max_bytes=2**20)
         with watched() as paths:
             keys: list[str] = []
             for name, tail in zip(names, tails, strict=True):
@@ -126,7 +126,6 @@ def test_no_name_of_five_thousand_and_no_key_touches_anything_outside(tmp_path_f
                 keys += [name, tail + name, f"../{name}/{'a' * 64}"]
             assert not any(key in store for key in keys) and store.delete(keys) == 0
         assert paths and {path for path in paths if not path.startswith(str(folder))} == set()
-    finally:
         store.close()
 
 
