@@ -63,16 +63,16 @@ def test_whatever_happens_the_store_does_what_a_dictionary_says(quick_folder):
 
 
 EVICTOR = """
-import sys, threading
+import random, sys, threading
 from store_kill_loop import entry_of, identity_of
 from kvlink_rag.store.disk import DiskStore
 store = DiskStore(sys.argv[1], max_bytes=4 * len(entry_of(0)))
 stop = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), stop.set())).start()
-n = 0
+rng = random.Random(0)
 while not stop.is_set():
-    store.put(identity_of(n % 8).key, entry_of(n % 8))
-    n += 1
+    n = rng.randrange(8)  # a new one, so that another must go, or one that is there, so that it is written anew
+    store.put(identity_of(n).key, entry_of(n))
 print(store.counters.evicted)
 """
 
