@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 JOBS ?= 2
 STRESS_SECONDS ?= 600
+STRESS_RUNS ?= 5000
+# in memory far more happens in the time
+STRESS_FOLDER ?= $(firstword $(wildcard /dev/shm) /tmp)
 RIVALS := hugging-face vllm kvboost mellea
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
@@ -61,10 +64,11 @@ benchmarks/.venvs/%/.installed: benchmarks/requirements-%.txt
 sabotage: install  ## break the store on purpose, one promise at a time: each time a test must turn red
 	$(BIN)/python tests/sabotage.py
 
-stress: install  ## 1,000 killed writers, 10 minutes of stopped and killed processes, 100,000 changed entries
-	folder=$$(mktemp -d) && \
+stress: install  ## 1,000 killed writers, 10 minutes of stopped and killed processes, 5,000 random runs, 100,000 changed entries
+	folder=$$(mktemp -d -p $(STRESS_FOLDER)) && \
 	$(BIN)/python tests/store_kill_loop.py $$folder/kill 1000 1 && \
 	$(BIN)/python tests/store_stress.py $$folder/stress $(STRESS_SECONDS) 8 4 1 && \
+	$(BIN)/python tests/store_machine.py $$folder/machine $(STRESS_RUNS) 50 1 && \
 	$(BIN)/python tests/store_fuzz.py 100000 1; status=$$?; rm -r $$folder; exit $$status
 
 fuzz: install  ## more than 5,000 requests by schemathesis against the live server, minutes long

@@ -70,6 +70,15 @@ def rag(open_rag):
 
 
 @pytest.fixture
+def quick_folder(tmp_path):
+    """A folder where syncing costs nothing, for tests that are not about what a disk does."""
+    from store_parts import quick_folder_within
+
+    with quick_folder_within(tmp_path) as folder:
+        yield folder
+
+
+@pytest.fixture
 def disk(tmp_path):
     """A store's folder of entries, with room."""
     from kvlink_rag.store.disk import DiskStore

@@ -158,6 +158,51 @@ SABOTAGES = [
         ("test_store_hostile.py", "symlink"),
     ),
     Sabotage(
+        "follow links in place of folders", "store/kvdisk.py",
+        "        if path.parent.is_symlink():", "        if False:",
+        ("test_store_hostile.py", "guessed"),
+    ),
+    Sabotage(
+        "map entry files", "store/kvdisk.py",
+        "        view = np.empty(size, dtype=np.uint8).data", "        return memoryview(__import__('mmap').mmap("
+        "file.fileno(), size, prot=1))\n        view = np.empty(size, dtype=np.uint8).data",
+        ("test_store_concurrency.py", "files_cut"),
+    ),
+    Sabotage(
+        "overwrite entries in place", "store/kvdisk.py",
+        '        name = f"{key[:2]}/{key}.{secrets.token_hex(8)}.kv"\n'
+        "        publish(Path(self._directory, name), value)\n",
+        '        name = f"{key[:2]}/{key}.{16 * str(0)}.kv"\n        path = Path(self._directory, name)\n'
+        "        path.parent.mkdir(exist_ok=True)\n        path.write_bytes(value)\n",
+        ("test_store_concurrency.py", "an_evictor"),
+    ),
+    Sabotage(
+        "sweep beside writers", "store/disk.py",
+        "        with self._writing():\n            return self._expire() + reconcile",
+        "        with NO_FORK:\n            return self._expire() + reconcile",
+        ("test_store_concurrency.py", "checking_and_sweeping"),
+    ),
+    Sabotage(
+        "call damaged whose time is over", "store/disk.py",
+        "if not self._is_missing(key):", "if key not in set(self.keys()):",
+        ("test_store_folder.py", "calls_nothing_damaged"),
+    ),
+    Sabotage(
+        "check the index in passing", "store/kv_index.py",
+        "PRAGMA integrity_check(1)", "PRAGMA quick_check(1)",
+        ("test_store_index.py", "flipped_bits"),
+    ),
+    Sabotage(
+        "take nothing in that a killed writer left", "store/kv_index.py",
+        "and _adopt(cache, path, key, name, ttl_s):", "and not path and _adopt(cache, path, key, name, ttl_s):",
+        ("test_store_concurrency.py", "dictionary"),
+    ),
+    Sabotage(
+        "evict more than is needed", "store/disk.py",
+        "                    over -= size\n", "                    over -= size // 2\n",
+        ("test_store_concurrency.py", "dictionary"),
+    ),
+    Sabotage(
         "serve from memory what was deleted elsewhere", "store/kv_store.py",
         "        if key not in self._entries:\n", "        if False:\n",
         ("test_memory.py", "another_process"),

@@ -40,7 +40,7 @@ def work(folder: str, max_bytes: int, seed: int, log: int) -> None:
     rng = random.Random(seed)
     store = DiskStore(folder, max_bytes=max_bytes)
     while True:
-        how, number = rng.choices("pdvc", (70, 24, 3, 3))[0], rng.randrange(NUM_KEYS)
+        how, number = rng.choices("pdvcr", (70, 22, 3, 3, 2))[0], rng.randrange(NUM_KEYS)
         os.write(log, f"+{how} {number}\n".encode())
         if how == "p":
             store.put(identity_of(number).key, entry_of(number))
@@ -50,6 +50,8 @@ def work(folder: str, max_bytes: int, seed: int, log: int) -> None:
             store.verify()
         else:
             store.close()
+            if how == "r":  # the index is lost, and rebuilt from the entries
+                Path(folder, "cache.db").write_bytes(b"no database" * 100)
             store = DiskStore(folder, max_bytes=max_bytes)
         os.write(log, f"-{how} {number}\n".encode())
 

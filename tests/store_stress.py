@@ -15,7 +15,10 @@ import sys
 import threading
 import time
 import traceback
+from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 
 from kvlink_rag.errors import CannotStore, CorruptEntry
@@ -145,17 +148,43 @@ def history(logs: Path) -> tuple[dict[int, list[tuple[int, int, str, int]]], dic
 
 
 def stale_reads(acts: list[tuple[int, int, str, int]]) -> int:
-    """Reads that no order of the writes explains. A miss beside a write to the same key is always allowed."""
+    """Reads that no order of the writes explains. A miss beside a write to the same key is always allowed.
+
+    A read of what write w wrote is stale iff another write began after w's end and ended before the read's begin.
+    """
     writes = [(-1, -1, "d", 0), *(act for act in acts if act[2] in "pd")]
+    begun = Latest((begin, end) for begin, end, _, _ in writes)
+    done = Latest((end, begin) for begin, end, _, _ in writes)
+    deleted = Latest((begin, end) for begin, end, how, _ in writes if how == "d")
+    put = {version: (begin, end) for begin, end, how, version in writes if how == "p"}
     stale = 0
     for begin, end, how, version in acts:
         if how != "r" or version == -1:
             continue
-        if version == 0 and any(b < end and e > begin for b, e, _, _ in writes):
-            continue
-        sources = [w for w in writes if w[3] == version and w[0] < end and (w[2] == "p") == (version != 0)]
-        stale += not any(all(not (source[1] < b and e < begin) for b, e, _, _ in writes) for source in sources)
+        if version == 0:
+            source_ended = deleted.before(end)
+            if begun.before(end) > begin:
+                continue
+        else:
+            source_began, source_ended = put.get(version, (FOREVER, FOREVER))
+            if source_began >= end:
+                stale += 1  # read before it was written
+                continue
+        stale += done.before(begin) > source_ended
     return stale
+
+
+class Latest:
+    """Of pairs of times: the greatest second one among those whose first one is before a time."""
+
+    def __init__(self, pairs: Iterable[tuple[int, int]]):
+        ordered = sorted(pairs)
+        self._first = [first for first, _ in ordered]
+        self._greatest = list(accumulate((second for _, second in ordered), max))
+
+    def before(self, time_ns: int) -> int:
+        place = bisect_left(self._first, time_ns)
+        return self._greatest[place - 1] if place else -2
 
 
 def main(root: str, seconds: float, processes: int, threads: int, seed: int) -> dict[str, int | float]:

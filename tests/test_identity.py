@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from store_parts import random_kv, same_bits, shape_of
 from tiny_models import build, build_hf, byte_tokenizer
 
@@ -88,6 +95,54 @@ def test_keys_are_what_the_format_says():
     data = b"".join(map(framed, (b"kvlink-entry-2", b"n" * 64, b"f" * 64, b"\1\0\0\0\2\0\0\0\x2c\1\0\0")))
     assert entry_key("f" * 64, ids, "n" * 64) == hashlib.sha256(data).hexdigest()
     assert entry_key("f" * 64, ids) == "1be31cbb687a40d046ff1abe1f41d72d7c3be822a66ff5574b09ea7e7c9c918a"
+
+
+TEXT = st.text(st.one_of(st.sampled_from("\0\x08 a,:[]{}\"'"), st.characters(exclude_categories=("Cs",))), max_size=6)
+ASKED = st.tuples(TEXT, TEXT, st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 3), max_size=4).map(tuple))
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(asked=st.lists(ASKED, min_size=20, max_size=20, unique=True))
+def test_no_two_of_twenty_thousand_pairs_share_a_key(asked):
+    """G5: fingerprint, token ids and namespace, full of separators and lookalikes: 190 pairs in each of 120 lists."""
+    assert len({entry_key(fingerprint, ids, namespace) for fingerprint, namespace, ids in asked}) == len(asked)
+
+
+KEYS = """
+import multiprocessing
+from kvlink_rag.recipe import Recipe, entry_key
+
+def keys(pipe=None):
+    texts = dict(weights="w", adapter="a", config="{}", tokenizer="t", chunk_template="c", encoding_prefix="p")
+    recipe = Recipe(**texts, soft_tokens="s", compute_dtype="x", storage_dtype="y")
+    return recipe.fingerprint + entry_key(recipe.fingerprint, (1, 2, 300), "n" * 64)
+
+def send(pipe):
+    pipe.send(keys())
+
+if __name__ == "__main__":
+    print(keys())
+    for method in ("fork", "spawn", "forkserver"):
+        context = multiprocessing.get_context(method)
+        here, there = context.Pipe()
+        process = context.Process(target=send, args=(there,))
+        process.start()
+        print(here.recv())
+        process.join()
+"""
+
+
+def test_every_process_computes_the_same_keys(tmp_path):
+    """G5: whatever its hash seed, and whichever way it was started."""
+    script = tmp_path / "keys.py"
+    script.write_text(KEYS)
+    seen = []
+    for hash_seed in ("0", "1", "random"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        seen += done.stdout.split()
+    assert len(seen) == 12 and len(set(seen)) == 1
 
 
 def test_no_two_ways_to_fill_a_recipe_give_one_fingerprint():

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import stat
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_parts import FINGERPRINT, TOKEN_IDS, entry_files, random_kv, same_bits, shape_of
+from store_parts import FINGERPRINT, TOKEN_IDS, entry_files, quick_folder_within, random_kv, same_bits, shape_of
 
 from kvlink_rag.errors import BadInput, NotAStore
+from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.store.memory import MemoryTier
 from kvlink_rag.store.namespaces import SECRET, namespace_folder, namespace_folders, namespace_id
@@ -102,6 +108,46 @@ def test_no_name_leads_out_of_the_store(tmp_path, name):
     assert folder.parent == tmp_path / "namespaces" and len(folder.name) == 64
     assert {path.name for path in tmp_path.iterdir()} == {"namespaces", SECRET, "namespaces.lock"}
     assert set(namespace_folders(tmp_path)) == {"", folder.name}
+
+
+NASTY = st.text(st.one_of(st.sampled_from("./\\~$%:\0\n"), TYPABLE), min_size=1, max_size=12)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(names=st.lists(NASTY, min_size=20, max_size=20), tails=st.lists(NASTY, min_size=20, max_size=20))
+def test_no_name_of_five_thousand_and_no_key_touches_anything_outside(names, tails):
+    """S3: watched by an audit hook, names make folders of the store only, and what is no key is no path at all."""
+    with quick_folder_within(Path(tempfile.gettempdir())) as folder:
+        store = DiskStore(folder / "kv", max_bytes=2**20)
+        with watched() as paths:
+            keys: list[str] = []
+            for name, tail in zip(names, tails, strict=True):
+                assert namespace_folder(folder, name).parent in (folder / "namespaces", folder)
+                keys += [name, tail + name, f"../{name}/{'a' * 64}"]
+            assert not any(key in store for key in keys) and store.delete(keys) == 0
+        assert paths and {path for path in paths if not path.startswith(str(folder))} == set()
+        store.close()
+
+
+@contextlib.contextmanager
+def watched():
+    """The paths that this thread opens, lists, makes or removes meanwhile."""
+    WATCHED.append([])
+    try:
+        yield WATCHED[-1]
+    finally:
+        WATCHED.clear()
+
+
+WATCHED: list[list[str]] = []
+
+
+def _note(event: str, args: tuple[object, ...]) -> None:
+    if WATCHED and event in ("open", "os.mkdir", "os.remove", "os.rename", "os.scandir", "os.listdir", "os.rmdir"):
+        WATCHED[-1] += [os.fsdecode(path) for path in args[:1] if isinstance(path, (str, bytes, os.PathLike))]
+
+
+sys.addaudithook(_note)  # there is no taking it away again; it looks only while something is watched
 
 
 # -- through the engine ----------------------------------------------------------------------------

@@ -65,10 +65,30 @@ def test_moved_keys_are_the_models_own_keys_at_that_position(family):
     model.rope.back(torch.arange(20)).apply(near, out=before)
     for offset in (1, 37, 500, 2000):
         model.rope.forth(torch.arange(20) + offset).apply(before, out=moved)
-        keys = _keys_at(model, ids, offset)
+        keys = _keys_at(model, ids, torch.arange(20) + offset)
         # Layer 0 shows the rotation alone; deeper layers carry the rounding of the model's own float32 angles too.
         assert (moved[0] - keys[0]).norm() / keys[0].norm() < 1e-6
         assert (moved - keys).norm() / keys.norm() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-llama3", "llama-linear", "llama-yarn", "phi3-partial"])
+def test_a_thousand_moves_between_any_two_places_give_the_models_own_keys(family):
+    """G7: tokens in any order and at any distance, each within a millionth; what is moved is left as it was."""
+    model, generator = build(family), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (1, 1000), generator=generator)
+    here, there = torch.randint(0, 2000, (2, 1000), generator=generator)
+    near, far = _keys_at(model, ids, here), _keys_at(model, ids, there)
+    stored, moved = torch.empty_like(near), torch.empty_like(near)
+    model.rope.back(here).apply(near, out=stored)
+    before = stored.clone()
+    model.rope.forth(there).apply(stored, out=moved)
+    wanted = far[0]  # in layer 0 a key depends on its token and place alone
+    errors = (moved[0] - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))  # [tokens]
+    assert len(errors) == 1000 and errors.max() < 1e-6
+    forth = model.rope.forth(there)[:20]
+    for _ in range(1000):
+        forth.apply(stored[:, :, :20], out=moved[:, :, :20])
+    assert torch.equal(stored.view(torch.int32), before.view(torch.int32))
 
 
 def test_reversed_rotation_is_proven_too():
@@ -81,9 +101,9 @@ def test_a_model_in_bfloat16_is_proven_as_well():
     assert LanguageModel(hf, byte_tokenizer()).dtype == torch.bfloat16
 
 
-def _keys_at(model, ids, offset):
+def _keys_at(model, ids, positions):
     from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache()
-    model._probe_forward(ids, torch.arange(offset, offset + ids.shape[1])[None], cache)
+    model._probe_forward(ids, positions[None], cache)
     return torch.stack([layer.keys[0] for layer in cache.layers])

@@ -9,12 +9,12 @@ import sys
 from conftest import ROOT
 
 
-def test_two_hundred_killed_writers_lose_nothing_they_acknowledged(tmp_path):
-    """G12, G16: puts, deletes, evictions, checks and openings are cut short by SIGKILL at random moments.
+def test_two_hundred_killed_writers_lose_nothing_they_acknowledged(quick_folder):
+    """G12, G16: puts, deletes, evictions, checks, openings and rebuilding are cut short by SIGKILL at random moments.
 
     Afterwards each acknowledged entry is whole, nothing deleted is back, no byte lies about that is not accounted for.
     """
-    command = [sys.executable, str(ROOT / "tests" / "store_kill_loop.py"), str(tmp_path), "200", "0"]
+    command = [sys.executable, str(ROOT / "tests" / "store_kill_loop.py"), str(quick_folder), "200", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     result = json.loads(done.stdout)

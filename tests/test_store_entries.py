@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import pairwise
+import tracemalloc
+from itertools import combinations
 
 import pytest
 import torch
@@ -223,6 +224,34 @@ def test_a_header_beyond_its_bound_is_refused_before_it_is_read(length):
         verify(MAGIC + length.to_bytes(4, "little") + (0).to_bytes(8, "little") + bytes(32))
 
 
+def huge(tensors: object) -> bytes:
+    """A payload that declares this; as long as it takes to say it."""
+    return payload_with(tensors, b"\0" * 64)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        huge({"keys": {**GOOD, "shape": [2**40]}, "values": {**GOOD, "data_offsets": [0, 2**42]}}),
+        huge({f"t{n}": GOOD for n in range(300_000)}),
+        (17_000_000).to_bytes(8, "little") + b" " * 17_000_000,
+        (2**18).to_bytes(8, "little") + b"[" + b"[]," * (2**18 // 3 - 1) + b"[]]" + b" " * 2**18,
+    ],
+    ids=["2^40 elements", "300,000 tensors", "17 MB header", "a quarter of a million of brackets"],
+)
+def test_a_bomb_is_refused_before_room_is_made_for_it(payload):
+    """G32: what an entry declares takes no memory: less than 16 MB beside the bytes that were read."""
+    entry = sealed(identity_of(), payload)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptEntry):
+            from_entry(entry, identity_of(), shape_of(), AS_COMPUTED)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16e6
+
+
 def test_entries_of_other_format_versions_are_refused():
     """Older and newer versions, and numbers that only look like ours, are misses; nothing else happens."""
     entry = bytes(entry_of())
@@ -235,19 +264,23 @@ def test_entries_of_other_format_versions_are_refused():
             verify(body + blake3(body).digest())
 
 
-def test_each_sector_zeroed_or_swapped_is_refused():
-    """Torn and misdirected writes: every 512-byte sector of a 20 KiB entry zeroed, and each exchanged with the next."""
+@pytest.mark.parametrize("size", [512, 4096])
+def test_each_sector_zeroed_or_swapped_is_refused(size):
+    """G2: torn and misdirected writes: every sector of a 20 KiB entry zeroed, and each exchanged with each other."""
     ids = tuple(range(80))
     entry = entry_of(ids)
-    sectors = [slice(start, start + 512) for start in range(0, len(entry) - 512, 512)]
-    assert len(sectors) > 37
-    for one, other in pairwise(sectors):
-        zeroed, swapped = bytearray(entry), bytearray(entry)
-        zeroed[one] = bytes(512)
-        swapped[one], swapped[other] = swapped[other], swapped[one]
-        for damaged in (zeroed, swapped):
-            with pytest.raises(CorruptEntry):
-                verify(damaged, identity_of(ids))
+    sectors = [slice(start, start + size) for start in range(0, len(entry) - size, size)]
+    assert len(sectors) == (len(entry) - 1) // size > 4
+    for one in sectors:
+        zeroed = bytearray(entry)
+        zeroed[one] = bytes(size)
+        with pytest.raises(CorruptEntry):
+            verify(zeroed, identity_of(ids))
+    for one, other in combinations(sectors, 2):
+        swapped = bytearray(entry)
+        swapped[one], swapped[other] = entry[other], entry[one]
+        with pytest.raises(CorruptEntry):
+            verify(swapped, identity_of(ids))
 
 
 def test_every_single_flipped_bit_of_a_20_kib_entry_is_refused():

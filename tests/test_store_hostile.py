@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -16,7 +17,8 @@ from store_parts import (
     write_row,
 )
 
-from kvlink_rag.errors import CorruptEntry
+from kvlink_rag.errors import CannotStore, CorruptEntry, NotAStore
+from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kvdisk import KVDisk
 
 
@@ -107,6 +109,51 @@ def test_a_symlink_in_place_of_an_entry_is_not_followed(disk, tmp_path, monkeypa
     monkeypatch.undo()
     disk.delete([identity.key])
     assert victim.read_bytes() == entry_of()
+
+
+@pytest.mark.parametrize("name", ["lock", "cache.db", "{shelf}"])
+def test_a_link_planted_under_a_name_that_can_be_guessed_is_not_followed(tmp_path, name):
+    """S4: nothing is written, read or deleted through it; it is refused, or the entry is a miss."""
+    outside, folder, key = tmp_path / "outside", tmp_path / "kv", identity_of().key
+    victim = outside / f"{key}.{'0' * 16}.kv"
+    outside.mkdir()
+    folder.mkdir(mode=0o700)
+    victim.write_bytes(entry_of())
+    link = folder / name.format(shelf=key[:2])
+    link.symlink_to(outside if "{" in name else victim)
+    try:
+        store = DiskStore(folder, max_bytes=2**30)
+    except NotAStore:
+        assert name == "cache.db"
+    else:
+        with pytest.raises(CannotStore):
+            store.put(key, entry_of(seed=2))
+        write_row(folder, key, filename=f"{key[:2]}/{victim.name}")
+        assert name == "lock" or store.get(key) is None
+        with contextlib.suppress(CannotStore):
+            store.delete([key])
+            store.verify()
+        store.close()
+    assert list(outside.iterdir()) == [victim] and victim.read_bytes() == entry_of() and link.is_symlink()
+
+
+def test_a_folder_in_place_of_an_entry_blocks_neither_writing_nor_deleting(disk):
+    """It is passed over: the key can be written, overwritten and deleted, and room be made, as if it were not there."""
+    key = identity_of().key
+    disk.put(key, entry_of())
+    (path,) = entry_files(disk.folder)
+    path.unlink()
+    path.mkdir()
+    assert disk.get(key) is None and disk.delete([key]) == 1 and key not in disk
+    for seed in (1, 2):
+        disk.put(key, entry_of(seed=seed))
+        assert disk.get(key) == entry_of(seed=seed)
+    newest = next(path for path in entry_files(disk.folder) if path.is_file())
+    newest.unlink()
+    newest.mkdir()
+    disk.put(key, entry_of(seed=3))
+    assert disk.get(key) == entry_of(seed=3) and disk.verify() == (1, [])
+    assert disk.delete([key]) == 1 and path.is_dir() and newest.is_dir()
 
 
 BAD_KEYS = [

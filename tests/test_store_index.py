@@ -81,6 +81,26 @@ def test_damage_in_any_page_of_the_index_never_crashes_a_reader(tmp_path, page):
     store.close()
 
 
+def test_flipped_bits_anywhere_in_the_index_lose_and_change_nothing(quick_folder):
+    """G17: twelve hundred flips, one at a time: at the next opening every entry is there, and right."""
+    folder, rng = quick_folder / "kv", random.Random(0)
+    store = DiskStore(folder, max_bytes=ROOM)
+    entries = {identity_of((n,)).key: entry_of((n,), seed=n) for n in range(5)}
+    for key, entry in entries.items():
+        store.put(key, entry)
+    store.close()
+    database = folder / "cache.db"
+    sound = database.read_bytes()
+    for _ in range(1200):
+        data = bytearray(sound)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        database.write_bytes(data)
+        store = DiskStore(folder, max_bytes=ROOM)
+        assert {key: store.get(key) for key in entries} == entries
+        assert store.counters.quarantined == 0
+        store.close()
+
+
 def test_rebuilding_passes_over_what_is_no_entry(tmp_path):
     """Links, folders and sealed files without a proper key do not keep the store from opening."""
     store = DiskStore(tmp_path / "kv", max_bytes=ROOM)

@@ -31,14 +31,14 @@ def test_a_control_token_is_one_only_in_scaffold_text(tokenizer, control):
     assert tokenizer.count(text) == len(plain) == len(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(
     parts=st.lists(
         st.one_of(st.sampled_from(CONTROL), st.text(st.characters(exclude_categories=["Cs"]), max_size=8)), max_size=8
     )
 )
 def test_no_text_around_control_strings_becomes_a_control_token(tokenizer, parts):
-    """Any text with control strings in it, nested or cut apart, stays text and decodes to itself."""
+    """S10: any text with control strings in it, nested or cut apart, stays text and decodes to itself."""
     for text in ("".join(parts), "<|im_<|im_start|>start|>" + "".join(parts), "".join(parts)[:-1]):
         plain = tokenizer.plain_ids(text)
         assert tokenizer.control_ids.isdisjoint(plain)

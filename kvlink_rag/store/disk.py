@@ -259,7 +259,7 @@ class DiskStore:
             try:
                 found = self._read(key)
                 if found is None:
-                    if key not in set(self.keys()):  # deleted meanwhile
+                    if not self._is_missing(key):  # deleted or written anew meanwhile, or its time is over
                         continue
                     raise CorruptEntry("its file is missing")
                 entry = found
@@ -323,6 +323,14 @@ class DiskStore:
         expired = self._remove([row[0] for row in self._cache._sql(query, (time.time(),)).fetchall()])
         self.counters.expired += expired
         return expired
+
+    def _is_missing(self, key: str) -> bool:
+        """Whether the rows name an entry that is not there, as seen while nobody else writes."""
+        if self.read_only or self._cache is None:
+            return False
+        with self._writing():
+            self._expire()
+            return key in set(self.keys()) and self._read(key) is None
 
     def _flush_uses(self) -> None:
         """Write when entries were last used into their rows: once a minute, never a write per read."""

@@ -35,14 +35,14 @@ class EntryFiles:
             yield path.name[:64], namespace, path.lstat().st_size
 
     def of(self, key: str) -> list[Path]:
-        """All files of one key."""
+        """All files of one key; a folder in the place of one is nothing that could be read or removed."""
         shelf = self.folder / key[:2]
-        if not is_key(key) or not shelf.is_dir():
+        if not is_key(key) or not shelf.is_dir() or shelf.is_symlink():
             return []
         return [
             shelf / file.name
             for file in os.scandir(shelf)
-            if file.name.startswith(f"{key}.") and file.name.endswith(".kv")
+            if file.name.startswith(f"{key}.") and file.name.endswith(".kv") and not file.is_dir(follow_symlinks=False)
         ]
 
     def find(self, key: str) -> Path | None:

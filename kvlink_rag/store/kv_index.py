@@ -86,7 +86,7 @@ def _check(database: Path) -> None:
     """
     connection = sqlite3.connect(database, timeout=BUSY_S, isolation_level=None)
     try:
-        ((verdict,),) = connection.execute("PRAGMA quick_check(1)").fetchall()
+        ((verdict,),) = connection.execute("PRAGMA integrity_check(1)").fetchall()
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         found = {name for (name,) in connection.execute("SELECT key FROM Settings")} if "Settings" in tables else set()
         if "Cache" in tables:  # a flipped bit may rename a column and leave the file well formed

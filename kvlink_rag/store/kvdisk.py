@@ -7,6 +7,7 @@ any key but a 64-digit hex string, any value but bytes and any row of another mo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -42,6 +43,8 @@ class KVDisk(Disk):  # type: ignore[misc]
         if read or not isinstance(value, bytes):
             raise TypeError("only entry bytes can be stored")
         key, _ = self.put(key)
+        if Path(self._directory, key[:2]).is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "a link in place of a folder of entries", key[:2])
         name = f"{key[:2]}/{key}.{secrets.token_hex(8)}.kv"
         publish(Path(self._directory, name), value)
         return len(value), MODE_BINARY, name, None
@@ -52,7 +55,8 @@ class KVDisk(Disk):  # type: ignore[misc]
         return read_entry_file(self.contained(filename))
 
     def remove(self, file_path: Any) -> None:
-        with contextlib.suppress(FileNotFoundError, CorruptEntry):  # a row may name what is no entry: left alone
+        # a row may name what is no entry, or a folder in its place: left alone
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, CorruptEntry):
             self.contained(file_path).unlink()
 
     def contained(self, name: Any) -> Path:
@@ -60,7 +64,10 @@ class KVDisk(Disk):  # type: ignore[misc]
         match = _FILE_NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None or match[1] != match[2][:2]:
             raise CorruptEntry("a row of the KV index names a file that is no entry")
-        return Path(self._directory, name)
+        path = Path(self._directory, name)
+        if path.parent.is_symlink():
+            raise CorruptEntry("a row of the KV index names a file behind a link")
+        return path
 
 
 def is_key(key: object) -> bool:
