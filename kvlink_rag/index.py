@@ -70,7 +70,7 @@ class VectorIndex:
             self._db = sqlite3.connect(database, timeout=60, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA secure_delete=ON")
             self._db.execute("PRAGMA synchronous=FULL")
-            if (verdict := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            if (verdict := self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(verdict)
             self._db.executescript(_SCHEMA)
         except sqlite3.OperationalError as error:
