@@ -15,11 +15,13 @@ from torch import Tensor
 from kvlink_rag.errors import CheckpointMismatch
 
 _PREFIX = "base_model.model."
-# Settings of PEFT's LoRA under which a weight's share is not simply alpha / r * B @ A, or not only weights change.
-_UNUSUAL = (
-    "alpha_pattern", "fan_in_fan_out", "layer_replication", "lora_bias", "modules_to_save", "rank_pattern",
-    "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora",
+# Settings of PEFT's LoRA that may be set where a weight's share is alpha / r * B @ A and nothing else changes.
+_PLAIN = frozenset(
+    {"base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
+     "lora_alpha", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "revision",
+     "target_modules", "task_type"}
 )  # fmt: skip
+_PLAIN_VALUES = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 
 def merge(hf: Any, adapter: Path) -> Any:
@@ -68,8 +70,8 @@ def _plain_lora(adapter: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]
     """Scale, and by name of the weight its factors A [rank, in] and B [out, rank]; None where there is more to it."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-        is_plain = config["peft_type"] == "LORA" and config.get("bias", "none") == "none"
-        if not is_plain or any(config.get(name) for name in _UNUSUAL):
+        settings = {name: value for name, value in config.items() if value and name not in _PLAIN}
+        if settings != _PLAIN_VALUES:
             return None
         tensors = load_safetensors((adapter / "adapter_model.safetensors").read_bytes())
         names = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors}

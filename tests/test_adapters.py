@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -61,7 +63,11 @@ def test_the_copy_can_be_told_another_attention_than_the_base(adapter):
     assert base.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("more", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"rank_pattern": {"q_proj": 8}}],
+    ids=str,
+)
 def test_an_adapter_that_is_more_than_a_plain_sum_is_merged_by_peft(more, adapter):
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **more)
     folder, base = adapter(config=lora), build_hf("llama")
@@ -90,7 +96,8 @@ def test_an_adapter_of_another_model_or_none_is_refused(adapter, tmp_path):
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointMismatch, match="no readable adapter"):
         adapters.reader_of(build_hf("llama"), folder)
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8, "r": 0}', "utf-8")
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 0}), "utf-8")
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointMismatch, match="no readable adapter"):
         adapters.reader_of(build_hf("llama"), folder)
