@@ -8,8 +8,7 @@ the gaps that were left for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvlink_rag.attention import Tempering
+from kvlink_rag.cores import one_core
 from kvlink_rag.kv import KVShape, StoredKV
 from kvlink_rag.rope import Rope
 
@@ -169,7 +169,7 @@ class Context:
         """
         stop, turned = start + kv.num_tokens, start if position is None else position
         table = self._table[turned : turned + kv.num_tokens]
-        with _on_one_core():
+        with one_core():  # another reads what is placed next
             table.apply(kv.keys.to(self._keys.device), out=self._keys[:, :, start:stop])
             self._values[:, :, start:stop].copy_(kv.values)
         self.num_placed += kv.num_tokens
@@ -268,14 +268,3 @@ class Pending:
     embeds: Tensor | None
     ids: Tensor | None
     by_reader: bool
-
-
-@contextmanager
-def _on_one_core() -> Iterator[None]:
-    """Tensor work on one core: another reads what is placed next, and OpenMP threads that wait would spin on it."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(number)

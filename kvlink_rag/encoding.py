@@ -1,20 +1,22 @@
 """Chunks to KV: each chunk read once, alone, before anybody asks.
 
-Every chunk is computed in one canonical shape, so its KV is the same to the last bit whatever company it was
-encoded in: a chunk encoded on first use answers exactly like one encoded at ingestion. On a CPU that shape is the
-chunk alone, at its own length: four rows at once are 7 to 19 % quicker a token, but a chunk that comes alone would
-cost as much as four. Elsewhere it is a fixed number of rows, their length padded to a bucket.
+Every chunk is computed in one canonical way, so its KV is the same to the last bit whatever company it was encoded
+in: a chunk encoded on first use answers exactly like one encoded at ingestion. On a CPU that is the chunk alone, at
+its own length, on one core, with other chunks on the others; a long one on all cores. Elsewhere it is a fixed number of
+rows, their length padded to a bucket.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from itertools import chain, groupby, islice
 
 import torch
 from torch import Tensor
 
 from kvlink_rag.config import DEFAULT_ENCODING_PREFIX
+from kvlink_rag.cores import on_cores, one_core
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv import KV
 from kvlink_rag.model import LanguageModel
@@ -23,6 +25,7 @@ from kvlink_rag.recipe import Recipe
 
 NUM_ROWS = 4
 BUCKET_TOKENS = 32
+ONE_CORE_TOKENS = 512  # a CPU reads chunks up to this length side by side
 CHUNK_TEMPLATE = "Document:\n{text}\n\n"
 
 
@@ -76,14 +79,16 @@ class Encoder:
 
     def encode(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, KV]]:
         """Yield (index, KV) of each chunk, given as token ids, in order of length."""
-        batch: list[int] = []
-        for index in sorted(range(len(chunks)), key=lambda index: len(chunks[index])):
-            if batch and (len(batch) == self._num_rows or self._width(chunks[index]) != self._width(chunks[batch[0]])):
-                yield from self._encode_batch(batch, chunks)
-                batch = []
-            batch.append(index)
-        if batch:
-            yield from self._encode_batch(batch, chunks)
+        self._prefix  # noqa: B018 - computed here, not by several threads at once
+        batches = list(self._batches(chunks))
+        is_cpu = self.model.device.type == "cpu"
+        num_short = sum(self._width(chunks[batch[0]]) <= ONE_CORE_TOKENS for batch in batches) if is_cpu else 0
+
+        def encoded(batch: list[int]) -> list[tuple[int, KV]]:
+            return self._encode_batch(batch, chunks)
+
+        for results in chain(on_cores(encoded, batches[:num_short]), map(encoded, batches[num_short:])):
+            yield from results
 
     def encode_alone(self, ids: tuple[int, ...]) -> KV:
         """KV of a prompt's prefix: what stands at position 0 sees no encoding prefix."""
@@ -98,13 +103,21 @@ class Encoder:
         """The encoding prefix's keys and values, computed once: every chunk sees the very same."""
         if not self.prefix_ids:
             return None
-        return self.model.encode(torch.tensor([self.prefix_ids], device=self.model.device))
+        with one_core():
+            return self.model.encode(torch.tensor([self.prefix_ids], device=self.model.device))
+
+    def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+        """Indices of chunks of one width, as many as there are rows, in order of length."""
+        order = sorted(range(len(chunks)), key=lambda index: len(chunks[index]))
+        for _, run in groupby(order, lambda index: self._width(chunks[index])):
+            while batch := list(islice(run, self._num_rows)):
+                yield batch
 
     def _width(self, ids: tuple[int, ...]) -> int:
         """Tokens of a row, padding included."""
         return -(-len(ids) // self._bucket) * self._bucket
 
-    def _encode_batch(self, batch: list[int], chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, KV]]:
+    def _encode_batch(self, batch: list[int], chunks: Sequence[tuple[int, ...]]) -> list[tuple[int, KV]]:
         """Run one batch of chunks of one width. Padding stands behind each row, where causal attention never looks."""
         rows = torch.zeros(self._num_rows, self._width(chunks[batch[0]]), dtype=torch.long)
         for row, index in enumerate(batch):
@@ -112,9 +125,11 @@ class Encoder:
         keys, values = self.model.encode(rows.to(self.model.device), self._prefix)
         start = len(self.prefix_ids)
         back = self.model.rope.back(torch.arange(start, start + rows.shape[1], device=keys.device))
+        kvs = []
         for row, index in enumerate(batch):
             stop = len(chunks[index])
             chunk_values = values[:, row, :, :stop].clone()
             chunk_keys = torch.empty_like(keys[:, row, :, :stop], memory_format=torch.contiguous_format)
             back[:stop].apply(keys[:, row, :, :stop], out=chunk_keys)
-            yield index, KV(chunk_keys, chunk_values, chunks[index])
+            kvs.append((index, KV(chunk_keys, chunk_values, chunks[index])))
+        return kvs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from kvlink_rag.types import AddReport, Chunk, Document
 
 GROUP_CHUNKS = 64  # documents are finished in groups of about so many chunks
 ENTRY_OVERHEAD_BYTES = 2048  # header, digest and padding, at most
+MAX_WAITING = 8  # encoded chunks in memory that wait to be written
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -235,17 +237,18 @@ class Ingestion:
         """Encode, store and index group by group; the bytes written. KV is on the disk before its index row is."""
         left = dict(to_encode)
         written = done = 0
-        with ThreadPoolExecutor(1, "kvlink-writer") as writer:  # one chunk is written while the next is encoded
+        with ThreadPoolExecutor(1, "kvlink-writer") as writer:  # chunks are written while the next are encoded
             for group in _groups(works):
                 wanted = [c.kv_key for work in group for c in work.chunks if c.kv_key in left]
                 ids = [left.pop(key) for key in dict.fromkeys(wanted)]
-                write: Future[int] | None = None
+                writes: deque[Future[int]] = deque()
                 for _, kv in self._encoder.encode(ids):
-                    written += write.result() if write else 0
-                    write = writer.submit(self._kvs.put, self._kvs.at_rest(kv))
+                    if len(writes) == MAX_WAITING:
+                        written += writes.popleft().result()
+                    writes.append(writer.submit(self._kvs.put, self._kvs.at_rest(kv)))
                     done += 1
                     report("encoding", done, len(to_encode))
-                written += write.result() if write else 0
+                written += sum(write.result() for write in writes)
                 self._index_group(group)
         return written
 

@@ -20,6 +20,7 @@ LAYERS = [
         "adapters",
         "attention",
         "compute",
+        "cores",
         "kv",
         "rope",
         "store.lock",

@@ -1,0 +1,108 @@
+"""Several chunks at once, each on a core of its own."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, build
+
+from kvlink_rag.compute import compute
+from kvlink_rag.cores import on_cores
+from kvlink_rag.encoding import ONE_CORE_TOKENS, Encoder
+
+
+def random_ids(rng: random.Random, length: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length))
+
+
+@pytest.fixture
+def cores():
+    """Sets how many cores torch may use; as before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def threads_of_a_new_thread() -> int:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_results_come_in_order_each_computed_on_one_core(number, cores):
+    cores(number)
+    got = list(on_cores(lambda item: (item, torch.get_num_threads()), range(7)))
+    assert got == [(item, 1) for item in range(7)]
+    assert torch.get_num_threads() == number
+    assert threads_of_a_new_thread() == number
+
+
+def test_nothing_computes_while_the_caller_has_its_turn(cores):
+    cores(2)
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        return item
+
+    for item in on_cores(work, range(6)):
+        assert sorted(begun) == list(range(item // 2 * 2 + 2))
+
+
+def test_two_are_under_way_at_once(cores):
+    cores(2)
+    both = threading.Barrier(2)
+    assert len({place for place in on_cores(lambda item: both.wait(timeout=60), range(2))}) == 2
+
+
+def test_what_fails_is_raised_and_the_cores_are_given_back(cores):
+    cores(2)
+
+    def work(item: int) -> int:
+        if item == 3:
+            raise ValueError("item 3")
+        return item
+
+    got = on_cores(work, range(6))
+    assert [next(got), next(got)] == [0, 1]
+    with pytest.raises(ValueError, match="item 3"):
+        next(got)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_chunks_kv_is_the_same_to_the_last_bit_however_many_cores_there_are(smollm, cores):
+    rng = random.Random(4)
+    chunks = [random_ids(rng, length) for length in (40, 41, 57, 90, 91)]
+    found = []
+    for number in (1, 2, 3):
+        cores(number)
+        found.append(compute.run(lambda job: dict(Encoder(smollm).encode(chunks))))
+    for others in found[1:]:
+        for index, kv in found[0].items():
+            assert torch.equal(kv.keys, others[index].keys) and torch.equal(kv.values, others[index].values)
+
+
+def test_long_chunks_come_after_the_short_ones_one_at_a_time_on_all_cores(cores, monkeypatch):
+    """Which way a chunk is computed depends on its length alone."""
+    cores(2)
+    model = build("llama")
+    encoder = Encoder(model, encoding_prefix="")
+    used: dict[int, int] = {}
+    encode = model.encode
+
+    def noted(rows, prefix):
+        used[rows.shape[1]] = torch.get_num_threads()
+        return encode(rows, prefix)
+
+    monkeypatch.setattr(model, "encode", noted)
+    rng = random.Random(5)
+    lengths = (ONE_CORE_TOKENS + 1, 30, ONE_CORE_TOKENS, 31)
+    kvs = list(encoder.encode([random_ids(rng, length) for length in lengths]))
+    assert used == {30: 1, 31: 1, ONE_CORE_TOKENS: 1, ONE_CORE_TOKENS + 1: 2}
+    assert [index for index, _ in kvs] == [1, 3, 2, 0]
