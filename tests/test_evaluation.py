@@ -57,16 +57,17 @@ def test_every_arm_answers_as_the_product_does(has_reader, tiny, with_reader, tm
 
 
 def test_several_checkpoints_over_one_base_answer_as_each_does_alone(tiny, with_reader, tmp_path):
-    """Their documents are encoded once, by the base that they share."""
+    """Their documents are read once, alone and in full, by the base that they share."""
     reader = with_reader.reader
     base, read = (LanguageModel(tiny.hf, byte_tokenizer(), reader=each) for each in (None, reader))
     arms = [arm_of(base, "base"), arm_of(read, "reader")]
-    encoded = []
+    encoded, again = [], []
     for arm in arms:
         arm.forcing.chunks = lambda prompt, chunks=arm.forcing.chunks: encoded.append(prompt) or chunks(prompt)
+        arm.forcing.again = lambda *given, ask=arm.forcing.again: again.append(given) or ask(*given)
     together = AnswerRun(arms, tmp_path / "together", max_new_tokens=8)
     together.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
-    assert len(encoded) == len(EXAMPLES)
+    assert len(encoded) == len(again) == len(EXAMPLES)
     for label, model in (("base", base), ("reader", read)):
         alone = AnswerRun([arm_of(model, label)], tmp_path / label, max_new_tokens=8)
         alone.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)

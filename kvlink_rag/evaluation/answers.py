@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from kvlink_rag.config import GenerationSettings
+from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
 from kvlink_rag.evaluation.scores import interval, score, score_summary
@@ -47,8 +48,8 @@ class Arm:
 class AnswerRun:
     """Answers examples with one or several models under several linkings, kept in `results.jsonl` of a folder.
 
-    A run that was cut off goes on where it stopped; other runs may write to the same folder. Documents are encoded once
-    for all arms that read them by the same recipe: checkpoints with links or readers of their own over one base.
+    A run that was cut off goes on where it stopped; other runs may write to the same folder. Documents are read once,
+    alone and in full, for all arms that read them by the same recipe: checkpoints with links or readers over one base.
     """
 
     def __init__(self, arms: Sequence[Arm], folder: Path, *, max_new_tokens: int):
@@ -69,11 +70,11 @@ class AnswerRun:
         done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
         order = sorted((number, name) for name, examples in data.items() for number in range(len(examples)))
         for place, (number, name) in enumerate(order, 1):
-            kvs: dict[str, list[StoredKV]] = {}  # by recipe, of this example's chunks
+            reads: dict[str, _Read] = {}  # by recipe, of this example
             for arm in self._arms:
                 missing = [linking for linking in linkings if (name, number, arm.label, linking) not in done]
                 if missing:
-                    self._answer(name, number, data[name][number], arm, missing, kvs)
+                    self._answer(name, number, data[name][number], arm, missing, reads)
             progress("examples", place, len(order))
 
     def _answer(
@@ -83,7 +84,7 @@ class AnswerRun:
         example: Example,
         arm: Arm,
         linkings: Sequence[str],
-        kvs: dict[str, list[StoredKV]],
+        reads: dict[str, _Read],
     ) -> None:
         prompt = prompt_of(arm.encoder, example)
         tokenizer = arm.model.tokenizer
@@ -95,12 +96,12 @@ class AnswerRun:
         if tokens + max(len(gold), self._settings.max_new_tokens) > arm.model.max_positions:
             self._keep([{**about, "linking": linking, "too_long": tokens} for linking in linkings])
             return
-        recipe = arm.encoder.fingerprint
-        if recipe not in kvs and any(get_linking(linking).uses_stored_kv for linking in linkings):
-            kvs[recipe] = arm.forcing.chunks(prompt)
+        read = reads.setdefault(arm.encoder.fingerprint, _Read())
+        if not read.kvs and any(get_linking(linking).uses_stored_kv for linking in linkings):
+            read.kvs = arm.forcing.chunks(prompt)
         reference: _Said | None = None
         for linking in sorted(linkings, key=lambda linking: linking != "full"):
-            said = self._one(arm, prompt, gold, linking, kvs.get(recipe, []), reference)
+            said = self._one(arm, prompt, gold, linking, read, reference)
             reference = said if linking == "full" else reference
             row = {**about, "linking": linking, "nll": round(said.nll, 4), **_scores(example, said.text)}
             if reference is not None:
@@ -118,14 +119,18 @@ class AnswerRun:
         prompt: Prompt,
         gold: Sequence[int],
         linking: str,
-        kvs: Sequence[StoredKV],
+        read: _Read,
         reference: _Said | None,
     ) -> _Said:
         """The greedy answer; the NLL of the accepted one; and what is predicted along the reference's answer, or along
         this one where there is none."""
         model = arm.model
         room = max(self._settings.max_new_tokens, NUM_TOKENS)
-        context, logits = arm.forcing.logits(prompt, kvs, linking, gold, room)
+        if linking == "full" and read.in_full is not None:
+            context = read.in_full
+            logits = arm.forcing.again(context, prompt, gold)
+        else:
+            context, logits = arm.forcing.logits(prompt, read.kvs, linking, gold, room)
         nll = float(cross_entropy(logits.float(), torch.tensor(gold, device=logits.device)))
         context.rewind(len(gold) - 1, prompt.question_ids[-1:])
         pieces: list[str] = []
@@ -133,8 +138,19 @@ class AnswerRun:
         along = reference.ids if reference is not None else ids
         context.rewind(0, [prompt.question_ids[-1], *along[:-1]])
         predicted = log_softmax(predict(model, context, len(along)).float(), -1)
-        context.release()
+        if linking == "full":
+            read.in_full = context
+        else:
+            context.release()
         return _Said("".join(pieces).strip(), ids, nll, predicted)
+
+
+@dataclass
+class _Read:
+    """What arms over one base share of an example: its chunks' KV, and its documents as a full prefill read them."""
+
+    kvs: list[StoredKV] = field(default_factory=list)
+    in_full: Context | None = None
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,15 @@ class Forcing:
         context = self.context(replace(prompt, parts=parts), kvs, linking, room)
         return context, predict(self._encoder.model, context, len(answer_ids))
 
+    def again(self, context: Context, prompt: Prompt, answer_ids: Sequence[int]) -> Tensor:
+        """What `logits` gives, over a context that another arm computed: the question and the answer are read anew.
+
+        It must come from a linking that reads nothing but the question by the reader, and from the same base model.
+        """
+        asked = (*prompt.question_ids, *answer_ids[:-1])
+        context.rewind(context.num_tokens - (len(prompt.ids) - len(prompt.question_ids)) - 1, asked)
+        return predict(self._encoder.model, context, len(answer_ids))
+
     def _prefix(self, prompt: Prompt) -> StoredKV:
         ids = prompt.prefix_ids
         if ids not in self._prefixes:
