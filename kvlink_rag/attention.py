@@ -89,7 +89,8 @@ class Tempering:
         elif mask is not None:
             scores = scores + mask.float().clamp(min=UNSEEN)
         chosen = self.is_chunk.new_zeros(key.shape[2])
-        chosen[: len(self.is_chunk)] = self.is_chunk
+        known = self.is_chunk[: key.shape[2]]  # no chunk stands behind a question that was cut short
+        chosen[: len(known)] = known
         tempered = scores[..., chosen] / self.temperature
         total = tempered.logsumexp(-1, keepdim=True)
         # where a query sees none of them, as in a layer whose window has passed them, their total stays as it is

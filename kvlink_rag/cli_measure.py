@@ -134,7 +134,11 @@ def evaluate(
     model: Model = DEFAULT_MODEL_NAME,
     links: Annotated[
         list[str] | None,
-        typer.Option("--links", help="Folder of a link checkpoint for this model; untrained: none. Repeatable."),
+        typer.Option(
+            "--links",
+            help="Folder of a link checkpoint for this model; untrained: none. FOLDER=LINKING,...: with these linkings "
+            "in place of the others. Repeatable.",
+        ),
     ] = None,
     adapter: Adapter = None,
     precision: Precision = "model",
@@ -144,11 +148,8 @@ def evaluate(
 ) -> None:
     """Accuracy of each linking on questions with their own documents, with 95 % intervals."""
     from kvlink_rag.evaluation.datasets import arranged, read_data
-    from kvlink_rag.linking import get_linking
 
-    linkings = linking.split(",")
-    for name in linkings:
-        get_linking(name)
+    linkings = _known(linking)
     if documents != "all" and not (documents.isdigit() and int(documents) >= 1):
         raise BadInput(f"--documents takes all, or a number from 1 on; got {documents!r}")
     num_documents = None if documents == "all" else int(documents)
@@ -167,9 +168,11 @@ def evaluate(
     arms = []
     chosen_links: Sequence[str | None] = links or [None]
     for chosen in chosen_links:
-        language_model, link_tokens = linked_model(model, dtype, device, chosen, adapter)
+        chosen, _, its_own = (chosen or "").partition("=")
+        own_linkings = _known(its_own) if its_own else None
+        language_model, link_tokens = linked_model(model, dtype, device, chosen or None, adapter)
         label = UNTRAINED if link_tokens.name == UNTRAINED else Path(link_tokens.name).name
-        arms.append(Arm(language_model, link_tokens, label, precision))
+        arms.append(Arm(language_model, link_tokens, label, precision, own_linkings))
     if len({arm.label for arm in arms}) < len(arms):
         raise BadInput("two of --links have the same folder name, under which results are kept; rename one")
     with tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder, progress_bar() as progress:
@@ -180,3 +183,12 @@ def evaluate(
     print(json.dumps(rows) if as_json else table(rows))
     if files_written:
         notes.print(f"written: {', '.join(str(path) for path in files_written)}", markup=False, soft_wrap=True)
+
+
+def _known(linkings: str) -> list[str]:
+    """Names of linkings, separated by commas. Raises BadInput."""
+    from kvlink_rag.linking import get_linking
+
+    for name in linkings.split(","):
+        get_linking(name)
+    return linkings.split(",")

@@ -210,6 +210,25 @@ class Context:
         turned = positions if rope_positions is None else rope_positions
         self.pending = Pending(last_id, positions, turned, embeds, ids, by_reader)
 
+    def extend(self, ids: Sequence[int], embeds: Tensor) -> None:
+        """Let what is pending go on with ids, embeds [ids, hidden], in the room behind the prompt."""
+        pending = self.pending
+        assert pending is not None
+        if not ids:
+            return
+        device = self._keys.device
+        positions = torch.arange(self.num_tokens, self.num_tokens + len(ids), device=device)
+        shift = pending.rope_positions[-1] - pending.positions[-1]
+        self.num_tokens += len(ids)
+        self.pend(
+            ids[-1],
+            torch.cat([pending.positions, positions]),
+            embeds=None if pending.embeds is None else torch.cat([pending.embeds, embeds[None]], 1),
+            ids=None if pending.ids is None else torch.cat([pending.ids, torch.tensor([list(ids)], device=device)], 1),
+            by_reader=pending.by_reader,
+            rope_positions=torch.cat([pending.rope_positions, positions + shift]),
+        )
+
     def to_cache(self) -> Cache:
         """The buffer as a transformers cache whose first update fills the pending positions."""
         assert self.pending is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import build, build_hf, byte_tokenizer
 
-from kvlink_rag import Document, KVLinkEngine, LanguageModel
+from kvlink_rag import Document, KVLinkEngine, LanguageModel, linking
 from kvlink_rag.config import DEFAULT_SYSTEM
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.agreement import agreement
@@ -50,7 +50,7 @@ def ask(engine, example, linking):
 def test_every_arm_answers_as_the_product_does(has_reader, tiny, with_reader, tmp_path):
     model = with_reader if has_reader else tiny
     run = AnswerRun([arm_of(model)], tmp_path / "out", max_new_tokens=8)
-    run.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
+    run.run({"data": EXAMPLES}, list(linking.LINKINGS), lambda stage, done, total: None)
     with KVLinkEngine(model, tmp_path / "store") as engine:
         for row in run.rows:
             assert row["prediction"] == ask(engine, EXAMPLES[row["number"]], row["linking"])
@@ -73,6 +73,13 @@ def test_several_checkpoints_over_one_base_answer_as_each_does_alone(tiny, with_
         alone.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
         assert alone.rows == [row for row in together.rows if row["links"] == label]
     assert together.rows[0]["nll"] != together.rows[3]["nll"]
+
+
+def test_an_arm_may_have_linkings_of_its_own(tiny, tmp_path):
+    arms = [arm_of(tiny, "a"), Arm(tiny, LinkTokens.untrained(tiny), "b", linkings=["parallel"])]
+    run = AnswerRun(arms, tmp_path, max_new_tokens=2)
+    run.run({"data": EXAMPLES[:1]}, ["full", "plain"], lambda stage, done, total: None)
+    assert [(row["links"], row["linking"]) for row in run.rows] == [("a", "full"), ("a", "plain"), ("b", "parallel")]
 
 
 def test_nll_is_the_model_s_own_loss_on_the_answer(tiny):

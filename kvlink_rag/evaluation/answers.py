@@ -36,10 +36,17 @@ Row = dict[str, Any]
 
 
 class Arm:
-    """A model with its links, and under which name its rows are kept."""
+    """A model with its links, under which name its rows are kept, and its linkings where they are not the run's."""
 
-    def __init__(self, model: LanguageModel, links: LinkTokens, label: str, precision: str = "model"):
-        self.model = model
+    def __init__(
+        self,
+        model: LanguageModel,
+        links: LinkTokens,
+        label: str,
+        precision: str = "model",
+        linkings: Sequence[str] | None = None,
+    ):
+        self.model, self.linkings = model, linkings
         self.encoder = Encoder(model, precision=Precision.parse(precision))
         self.forcing, self.num_links = Forcing(self.encoder, links), links.num_per_chunk
         self.label = label if precision == "model" else f"{label}, {precision}"
@@ -72,7 +79,7 @@ class AnswerRun:
         for place, (number, name) in enumerate(order, 1):
             reads: dict[str, _Read] = {}  # by recipe, of this example
             for arm in self._arms:
-                missing = [linking for linking in linkings if (name, number, arm.label, linking) not in done]
+                missing = [each for each in arm.linkings or linkings if (name, number, arm.label, each) not in done]
                 if missing:
                     self._answer(name, number, data[name][number], arm, missing, reads)
             progress("examples", place, len(order))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from kvlink_rag.joining import LinkRequest
 from kvlink_rag.kv import StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
-from kvlink_rag.prompt import Part, Prompt, build_prompt
+from kvlink_rag.prompt import Prompt, build_prompt
 from kvlink_rag.questions import Example
 
 
@@ -45,8 +44,8 @@ class Forcing:
 
         `Context.rewind(len(answer_ids) - 1, last id of the question)` takes the answer out again.
         """
-        parts = (*prompt.parts[:-1], Part((*prompt.question_ids, *answer_ids[:-1])))
-        context = self.context(replace(prompt, parts=parts), kvs, linking, room)
+        context = self.context(prompt, kvs, linking, max(room, len(answer_ids)))  # which knows nothing of the answer
+        context.extend(answer_ids[:-1], self._encoder.model.embed(answer_ids[:-1]))
         return context, predict(self._encoder.model, context, len(answer_ids))
 
     def again(self, context: Context, prompt: Prompt, answer_ids: Sequence[int]) -> Tensor:
