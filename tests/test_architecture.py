@@ -38,6 +38,7 @@ LAYERS = [
         "default_models",
         "prompt",
         "evaluation.datasets",
+        "evaluation.paired",
         "packing",
         "store.entry",
         "probe",

@@ -222,13 +222,15 @@ def test_a_report_has_figures_a_table_and_plots(tmp_path):
     assert names == [
         "summary.json",
         "summary.md",
+        "paired.json",
+        "paired.md",
         "accuracy.svg",
         "accuracy_by_gold.svg",
         "accuracy_by_num_documents.svg",
     ]
     assert json.loads((tmp_path / "summary.json").read_text("utf-8")) == summary(rows)
     assert "| a.jsonl | x | plain | 4 | 50.0 (" in (tmp_path / "summary.md").read_text("utf-8")
-    for name in names[2:]:
+    for name in names[4:]:
         assert "</svg>" in (tmp_path / name).read_text("utf-8")
 
 

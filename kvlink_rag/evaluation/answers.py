@@ -20,7 +20,7 @@ from kvlink_rag.config import GenerationSettings
 from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
-from kvlink_rag.evaluation.scores import interval, score, score_summary
+from kvlink_rag.evaluation.scores import interval, interval_of_means, score, score_summary
 from kvlink_rag.generation import generate, predict
 from kvlink_rag.kv import StoredKV
 from kvlink_rag.linking import get_linking
@@ -208,7 +208,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             if of_arm:
                 found.append({"data": name, "links": arm[0], "linking": arm[1], **_means(of_arm)})
     if len(names) > 1:
-        found += [_over_all(arm, [row for row in found if (row["links"], row["linking"]) == arm]) for arm in arms]
+        found += [_over_all(arm, [row for row in rows if (row["links"], row["linking"]) == arm]) for arm in arms]
     return found
 
 
@@ -222,12 +222,15 @@ def _means(rows: Sequence[Row]) -> Row:
     return means
 
 
-def _over_all(arm: tuple[str, str], means: Sequence[Row]) -> Row:
+def _over_all(arm: tuple[str, str], rows: Sequence[Row]) -> Row:
     """The mean of the data sets' means, of each metric over those that have it."""
-    total: Row = {"data": f"mean of {len(means)}", "links": arm[0], "linking": arm[1]}
-    total["examples"] = sum(row["examples"] for row in means)
-    total["too_long"] = sum(row["too_long"] for row in means)
+    answered = [row for row in rows if "too_long" not in row]
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    total: Row = {"data": f"mean of {len(names)}", "links": arm[0], "linking": arm[1]}
+    total |= {"examples": len(answered), "too_long": len(rows) - len(answered)}
     for metric in METRICS:
-        if values := [row[metric] for row in means if metric in row]:
-            total[metric] = round(sum(values) / len(values), 4)
+        sets = [[row[metric] for row in answered if row["data"] == n and row.get(metric) is not None] for n in names]
+        if sets := [values for values in sets if values]:
+            total[metric] = round(sum(sum(values) / len(values) for values in sets) / len(sets), 4)
+            total[f"{metric}_interval"] = [round(bound, 4) for bound in interval_of_means(sets)]
     return total

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvlink_rag.errors import MissingExtra
 from kvlink_rag.evaluation.answers import summary
+from kvlink_rag.evaluation.paired import differences, paired_table
 from kvlink_rag.evaluation.scores import interval
 
 Row = Mapping[str, Any]
@@ -33,11 +34,17 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write summary.json, summary.md and the plots of an evaluation's rows; the files, in that order."""
+    """Write summary and paired differences (.json, .md) and the plots of an evaluation's rows; the files."""
     found = summary([dict(row) for row in rows])
-    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    (folder / "summary.md").write_text(table(found) + "\n", "utf-8")
-    return [folder / "summary.json", folder / "summary.md", *_plots(rows, folder)]
+    written = []
+    for name, figures, text in (
+        ("summary", found, table(found)),
+        ("paired", pairs := differences(rows), paired_table(pairs)),
+    ):
+        for suffix, content in (("json", json.dumps(figures, indent=1)), ("md", text)):
+            written.append(folder / f"{name}.{suffix}")
+            written[-1].write_text(content + "\n", "utf-8")
+    return [*written, *_plots(rows, folder)]
 
 
 def _cell(row: Row, name: str, scale: int) -> str:

@@ -62,11 +62,17 @@ def normalise(text: str) -> str:
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean; of paired differences where `values` are such."""
-    sample = np.asarray(values, dtype=np.float64)
-    if len(sample) == 0:
+    return interval_of_means([values], seed)
+
+
+def interval_of_means(sets: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of several sets' means, each resampled within itself."""
+    samples = [np.asarray(values, dtype=np.float64) for values in sets if len(values)]
+    if not samples:
         return 0.0, 0.0
-    picks = np.random.default_rng(seed).integers(0, len(sample), (_RESAMPLES, len(sample)))
-    low, high = np.percentile(sample[picks].mean(axis=1), [2.5, 97.5])
+    rng = np.random.default_rng(seed)
+    means = [sample[rng.integers(0, len(sample), (_RESAMPLES, len(sample)))].mean(axis=1) for sample in samples]
+    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
     return float(low), float(high)
 
 
