@@ -55,7 +55,8 @@ def train(
         float, typer.Option("--causal-share", help="Part of the contexts read by a full prefill.", min=0, max=1)
     ] = 0.0,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.", min=1)] = 400,
-    batch: Annotated[int, typer.Option("--batch", help="Contexts per step.", min=1)] = 4,
+    batch: Annotated[int, typer.Option("--batch", help="Contexts whose gradients are in memory at once.", min=1)] = 4,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Batches per optimiser step.", min=1)] = 1,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of weights and adapters.")] = 5e-4,
     link_learning_rate: Annotated[float, typer.Option("--link-learning-rate", help="Of the links.")] = 5e-3,
     lora_rank: Annotated[int, typer.Option("--lora-rank", help="Rank of the adapter.", min=1)] = 16,
@@ -86,6 +87,7 @@ def train(
         causal_share=causal_share,
         steps=steps,
         batch=batch,
+        accumulate=accumulate,
         learning_rate=learning_rate,
         link_learning_rate=link_learning_rate,
         lora_rank=lora_rank,

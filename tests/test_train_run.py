@@ -77,6 +77,14 @@ def test_the_same_seed_gives_the_same_curve(base, tmp_path):
     assert run(base, tmp_path / "c", steps=6, seed=1) != pytest.approx(first, rel=0.01)
 
 
+def test_batches_that_are_accumulated_learn_what_one_of_their_size_learns(base, tmp_path):
+    """One context in memory at a time, the same curve."""
+    at_once = run(base, tmp_path / "a", steps=6, batch=4, max_turns=1)
+    in_turn = run(base, tmp_path / "b", steps=6, batch=1, accumulate=4, max_turns=1)
+    assert in_turn == pytest.approx(at_once, rel=1e-3)
+    assert run(base, tmp_path / "c", steps=6, batch=1, max_turns=1) != pytest.approx(at_once, rel=1e-3)
+
+
 def test_a_stopped_run_goes_on_where_it_stood(base, tmp_path):
     """Ctrl-C in the middle loses nothing, and the curve is that of a run that was never stopped."""
     whole = run(base, tmp_path / "whole", steps=8)

@@ -95,7 +95,9 @@ def _train(
         causal_share=settings.causal_share,
         with_teacher=settings.with_teacher,
     )
-    steps = Steps(pools, encoder, step_settings, size=settings.steps * settings.batch, seed=settings.seed)
+    steps = Steps(
+        pools, encoder, step_settings, size=settings.steps * settings.batch * settings.accumulate, seed=settings.seed
+    )
     torch.manual_seed(settings.seed)
     with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
         # under a name of its own: encoded in any company, so never to be served

@@ -38,7 +38,8 @@ class TrainSettings:
     max_tokens: int = 2048  # of documents in a context
     causal_share: float = 0.0
     steps: int = 400
-    batch: int = 4  # contexts per step
+    batch: int = 4  # contexts whose gradients are in memory at once
+    accumulate: int = 1  # batches per step
     learning_rate: float = 5e-4
     link_learning_rate: float = 5e-3
     warmup: float = 0.05
@@ -55,7 +56,7 @@ class TrainSettings:
             raise BadInput("with trainable 'links' and no link tokens there is nothing to train")
         if not 1 <= self.min_docs <= self.max_docs:
             raise BadInput(f"min_docs {self.min_docs} and max_docs {self.max_docs} must be positive and in order")
-        for name in ("steps", "batch", "slots", "max_turns", "lora_rank", "max_tokens"):
+        for name in ("steps", "batch", "accumulate", "slots", "max_turns", "lora_rank", "max_tokens"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_link_tokens < 0 or not 0 <= self.causal_share <= 1:
@@ -79,6 +80,7 @@ def run(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=int(settings.warmup * settings.steps),
