@@ -9,7 +9,7 @@ STRESS_FOLDER ?= $(firstword $(wildcard /dev/shm) /tmp)
 RIVALS := hugging-face vllm kvboost mellea
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
-.PHONY: install demo test fix check bench rivals docs sabotage stress fuzz load
+.PHONY: install demo test endurance fix check bench rivals docs sabotage stress fuzz load
 
 install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
 
@@ -26,8 +26,11 @@ demo: install  ## add the sample corpus, ask three questions
 
 test: export OMP_NUM_THREADS = 1
 test: install  ## JOBS processes, each on one thread
-	$(BIN)/pytest -n $(JOBS) --dist worksteal
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not endurance"
 	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest -n $(JOBS) --dist worksteal) || exit 1; done
+
+endurance: install  ## the tests of the store that take long: faults, killed and many processes, at full count
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m endurance
 
 fix: install
 	$(BIN)/ruff format .

@@ -18,7 +18,6 @@ from kvlink_rag.cli_options import (
     Json,
     Links,
     Model,
-    Precision,
     linked_model,
     loaded_model,
     numbers,
@@ -141,7 +140,10 @@ def evaluate(
         ),
     ] = None,
     adapter: Adapter = None,
-    precision: Precision = "model",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="KV at rest: model, int8 or int4; repeatable. Default: model."),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -172,7 +174,7 @@ def evaluate(
         own_linkings = _known(its_own) if its_own else None
         language_model, link_tokens = linked_model(model, dtype, device, chosen or None, adapter)
         label = UNTRAINED if link_tokens.name == UNTRAINED else Path(link_tokens.name).name
-        arms.append(Arm(language_model, link_tokens, label, precision, own_linkings))
+        arms += [Arm(language_model, link_tokens, label, each, own_linkings) for each in precision or ["model"]]
     if len({arm.label for arm in arms}) < len(arms):
         raise BadInput("two of --links have the same folder name, under which results are kept; rename one")
     with tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder, progress_bar() as progress:

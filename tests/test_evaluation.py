@@ -63,7 +63,7 @@ def test_several_checkpoints_over_one_base_answer_as_each_does_alone(tiny, with_
     arms = [arm_of(base, "base"), arm_of(read, "reader")]
     encoded, again = [], []
     for arm in arms:
-        arm.forcing.chunks = lambda prompt, chunks=arm.forcing.chunks: encoded.append(prompt) or chunks(prompt)
+        arm.forcing.encoded = lambda prompt, read=arm.forcing.encoded: encoded.append(prompt) or read(prompt)
         arm.forcing.again = lambda *given, ask=arm.forcing.again: again.append(given) or ask(*given)
     together = AnswerRun(arms, tmp_path / "together", max_new_tokens=8)
     together.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
@@ -73,6 +73,22 @@ def test_several_checkpoints_over_one_base_answer_as_each_does_alone(tiny, with_
         alone.run({"data": EXAMPLES}, LINKINGS, lambda stage, done, total: None)
         assert alone.rows == [row for row in together.rows if row["links"] == label]
     assert together.rows[0]["nll"] != together.rows[3]["nll"]
+
+
+def test_several_precisions_share_what_the_model_computed(tiny, tmp_path):
+    links = LinkTokens.untrained(tiny)
+    arms = [Arm(tiny, links, "a", precision) for precision in ("model", "int8", "int4")]
+    encoded = []
+    for arm in arms:
+        arm.forcing.encoded = lambda prompt, read=arm.forcing.encoded: encoded.append(prompt) or read(prompt)
+    together = AnswerRun(arms, tmp_path / "together", max_new_tokens=4)
+    together.run({"data": EXAMPLES}, ["plain"], lambda stage, done, total: None)
+    assert len(encoded) == len(EXAMPLES)
+    nlls = [row["nll"] for row in together.rows if row["number"] == 0]
+    assert len(set(nlls)) == 3
+    alone = AnswerRun([Arm(tiny, links, "a", "int4")], tmp_path / "alone", max_new_tokens=4)
+    alone.run({"data": EXAMPLES}, ["plain"], lambda stage, done, total: None)
+    assert alone.rows == [row for row in together.rows if row["links"] == "a, int4"]
 
 
 def test_an_arm_may_have_linkings_of_its_own(tiny, tmp_path):

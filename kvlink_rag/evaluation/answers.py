@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
 from kvlink_rag.evaluation.scores import interval, interval_of_means, score, score_summary
 from kvlink_rag.generation import generate, predict
-from kvlink_rag.kv import StoredKV
+from kvlink_rag.kv import KV, StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
@@ -50,6 +50,7 @@ class Arm:
         self.encoder = Encoder(model, precision=Precision.parse(precision))
         self.forcing, self.num_links = Forcing(self.encoder, links), links.num_per_chunk
         self.label = label if precision == "model" else f"{label}, {precision}"
+        self.reads_as = replace(self.encoder.recipe, storage_dtype="any").fingerprint  # the same for all precisions
 
 
 class AnswerRun:
@@ -77,7 +78,7 @@ class AnswerRun:
         done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
         order = sorted((number, name) for name, examples in data.items() for number in range(len(examples)))
         for place, (number, name) in enumerate(order, 1):
-            reads: dict[str, _Read] = {}  # by recipe, of this example
+            reads: dict[str, _Read] = {}  # by `Arm.reads_as`, of this example
             for arm in self._arms:
                 missing = [each for each in arm.linkings or linkings if (name, number, arm.label, each) not in done]
                 if missing:
@@ -103,12 +104,13 @@ class AnswerRun:
         if tokens + max(len(gold), self._settings.max_new_tokens) > arm.model.max_positions:
             self._keep([{**about, "linking": linking, "too_long": tokens} for linking in linkings])
             return
-        read = reads.setdefault(arm.encoder.fingerprint, _Read())
-        if not read.kvs and any(get_linking(linking).uses_stored_kv for linking in linkings):
-            read.kvs = arm.forcing.chunks(prompt)
+        read = reads.setdefault(arm.reads_as, _Read())
+        if read.encoded is None and any(get_linking(linking).uses_stored_kv for linking in linkings):
+            read.encoded = arm.forcing.encoded(prompt)
+        kvs = arm.forcing.at_rest(read.encoded or ())
         reference: _Said | None = None
         for linking in sorted(linkings, key=lambda linking: linking != "full"):
-            said = self._one(arm, prompt, gold, linking, read, reference)
+            said = self._one(arm, prompt, gold, linking, kvs, read, reference)
             reference = said if linking == "full" else reference
             row = {**about, "linking": linking, "nll": round(said.nll, 4), **_scores(example, said.text)}
             if reference is not None:
@@ -126,6 +128,7 @@ class AnswerRun:
         prompt: Prompt,
         gold: Sequence[int],
         linking: str,
+        kvs: Sequence[StoredKV],
         read: _Read,
         reference: _Said | None,
     ) -> _Said:
@@ -137,7 +140,7 @@ class AnswerRun:
             context = read.in_full
             logits = arm.forcing.again(context, prompt, gold)
         else:
-            context, logits = arm.forcing.logits(prompt, read.kvs, linking, gold, room)
+            context, logits = arm.forcing.logits(prompt, kvs, linking, gold, room)
         nll = float(cross_entropy(logits.float(), torch.tensor(gold, device=logits.device)))
         context.rewind(len(gold) - 1, prompt.question_ids[-1:])
         pieces: list[str] = []
@@ -156,7 +159,7 @@ class AnswerRun:
 class _Read:
     """What arms over one base share of an example: its chunks' KV, and its documents as a full prefill read them."""
 
-    kvs: list[StoredKV] = field(default_factory=list)
+    encoded: list[KV] | None = None
     in_full: Context | None = None
 
 

@@ -12,7 +12,7 @@ from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.generation import predict
 from kvlink_rag.joining import LinkRequest
-from kvlink_rag.kv import StoredKV
+from kvlink_rag.kv import KV, StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.prompt import Prompt, build_prompt
@@ -28,9 +28,15 @@ class Forcing:
 
     def chunks(self, prompt: Prompt) -> list[StoredKV]:
         """KV of the prompt's chunks, in order, up to rounding as a store would give it."""
-        precision = self._encoder.precision
-        kvs = {place: precision.at_rest(kv) for place, kv in self._encoder.encode(prompt.chunk_ids)}
-        return [kvs[place] for place in range(len(kvs))]
+        return self.at_rest(self.encoded(prompt))
+
+    def encoded(self, prompt: Prompt) -> list[KV]:
+        """KV of the prompt's chunks, in order, as the model computed it."""
+        return [kv for _, kv in sorted(self._encoder.encode(prompt.chunk_ids), key=lambda found: found[0])]
+
+    def at_rest(self, kvs: Sequence[KV]) -> list[StoredKV]:
+        """KVs as they read back from a store of the encoder's precision."""
+        return [self._encoder.precision.at_rest(kv) for kv in kvs]
 
     def context(self, prompt: Prompt, kvs: Sequence[StoredKV], linking: str, room: int) -> Context:
         """The prompt, linked, with room for an answer."""
