@@ -132,6 +132,17 @@ def test_a_reader_answers_over_a_store_that_was_filled_without_it(base, tmp_path
         assert trained.links.num_per_chunk == 2
 
 
+def test_the_control_without_links_is_trained_and_answers_the_same_with_them_and_plain(base, tmp_path):
+    run(base, tmp_path / "control", trainable="reader", steps=2, num_link_tokens=0)
+    with KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "control", dtype="float32") as engine:
+        assert engine.links.num_per_chunk == 0
+        said = [
+            engine.ask("Box 1?", documents=["Box 1: red."], linking=linking, max_new_tokens=8).text
+            for linking in ("link_tokens", "plain")
+        ]
+    assert said[0] == said[1] != ""
+
+
 def test_a_checkpoint_names_no_place_on_this_machine(base, tmp_path):
     run(base, tmp_path / "ckpt", trainable="reader", steps=1)
     for name in ("kvlink.json", "reader/adapter_config.json"):
