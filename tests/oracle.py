@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 
-def masked_logits(hf: Any, embeds: Tensor, documents: list[tuple[int, int]], num_private: int = 0) -> Tensor:
+def masked_logits(
+    hf: Any, embeds: Tensor, documents: list[tuple[int, int]], num_private: int = 0, num_last: int = 0
+) -> Tensor:
     """Logits [tokens, vocabulary]; embeds [tokens, hidden] in order, documents as (start, stop) in that order.
 
-    The first num_private tokens of each document are its copy of the encoding prefix.
+    The first num_private tokens of each document are its copy of the encoding prefix. num_last: only of so many.
     """
     length = embeds.shape[0]
     owner = [next((n for n, (a, b) in enumerate(documents) if a <= i < b), None) for i in range(length)]
@@ -53,6 +55,7 @@ def masked_logits(hf: Any, embeds: Tensor, documents: list[tuple[int, int]], num
                 position_ids=torch.tensor([positions]),
                 attention_mask=_in_dtype(masks, embeds.dtype),
                 use_cache=False,
+                logits_to_keep=num_last,
             ).logits[0]
     finally:
         hf.set_attn_implementation(chosen)

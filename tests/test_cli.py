@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, excerpt
 
 from kvlink_rag import cli
 
@@ -38,7 +39,11 @@ def kvlink(monkeypatch, capsys):
 def store(tmp_path_factory):
     """A store of three documents, made by the command itself."""
     folder = tmp_path_factory.mktemp("cli") / "store"
-    paths = [str(CORPUS / name) for name in ("lighthouse.md", "bakery.md", "tram-line.md")]
+    texts = tmp_path_factory.mktemp("texts")
+    paths = [
+        str(excerpt(*about))
+        for about in (("lighthouse.md", texts, 1, 4), ("bakery.md", texts, 1), ("tram-line.md", texts, 1))
+    ]
     result = subprocess.run(
         [*KVLINK, "add", *paths, "--store", str(folder), "--json"], capture_output=True, text=True, check=True
     )
@@ -92,11 +97,12 @@ def test_the_store_is_looked_after_without_loading_a_model(kvlink, store):
 
 
 def test_delete_then_add_again(kvlink, store):
-    path = CORPUS / "tram-line.md"
+    _, horn, tram = json.loads(kvlink("store", "list", "--store", store, "--json")[1])
+    path = Path(tram)
     assert kvlink("store", "delete", path, "--store", store)[0] == 0
     code, out, _ = kvlink("add", path, "--store", store, "--json")
     assert code == 0 and json.loads(out)["encoded_chunks"] == json.loads(out)["chunks"]
-    report = json.loads(kvlink("add", CORPUS / "lighthouse.md", "--store", store, "--json")[1])
+    report = json.loads(kvlink("add", horn, "--store", store, "--json")[1])
     assert report["encoded_chunks"] == 0 and report["reused_chunks"] == report["chunks"]
 
 
@@ -207,13 +213,13 @@ def test_train_writes_a_checkpoint_and_says_how_to_use_it(kvlink, tmp_path):
 
 
 def test_bench_ttft_prints_its_json_form(kvlink):
-    code, out, _ = kvlink("bench", "ttft", "--contexts", "300", "--repeats", 1, "--json")
+    code, out, _ = kvlink("bench", "ttft", "--contexts", "200", "--repeats", 1, "--json")
     (row,) = json.loads(out)
     assert code == 0 and set(row) >= {
         "context_tokens", "full_s", "linked_s", "floor_s", "reduction", "linked_over_floor", "kv_bytes_per_token",
         "encode_tokens_per_s",
     }  # fmt: skip
-    assert 280 <= row["context_tokens"] <= 300
+    assert 180 <= row["context_tokens"] <= 200
 
 
 def test_help_is_there_for_every_command(kvlink):
@@ -235,12 +241,12 @@ def test_help_is_there_for_every_command(kvlink):
 
 def test_check_fails_with_its_own_exit_code(kvlink):
     """Chunks that were never moved do not pass; the figures are printed all the same."""
-    few = ["--questions", 2, "--repeats", 1, "--contexts", "300,400"]
+    few = ["--questions", 2, "--repeats", 1, "--contexts", "200,260"]
     code, out, err = kvlink("check", "--linking", "fixed_positions", *few, "--json")
     found = json.loads(out)
     assert code == 3 and not found["safe"] and "fixed_positions differs too much" in err
     assert {row["linking"] for row in found["linkings"]} == {"fixed_positions", "plain", "recompute_first"}
-    assert found["exactness"]["top1"] == 1.0 and len(found["full_ttft_s"]) == 2 and found["lengths"] == [300, 400]
+    assert found["exactness"]["top1"] == 1.0 and len(found["full_ttft_s"]) == 2 and found["lengths"] == [200, 260]
 
 
 def test_check_says_what_it_cannot_check(kvlink, tmp_path):

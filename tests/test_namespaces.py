@@ -116,6 +116,7 @@ NASTY = st.text(st.one_of(st.sampled_from("./\\~$%:\0\n"), TYPABLE), min_size=1,
 
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(names=st.lists(NASTY, min_size=20, max_size=20), tails=st.lists(NASTY, min_size=20, max_size=20))
+@pytest.mark.endurance
 def test_no_name_of_five_thousand_and_no_key_touches_anything_outside(names, tails):
     """S3: watched by an audit hook, names make folders of the store only, and what is no key is no path at all."""
     with quick_folder_within(Path(tempfile.gettempdir())) as folder:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import excerpt
 from tiny_models import build, build_hf, byte_tokenizer
 
 from kvlink_rag import ChunkSettings, Document, LanguageModel, StoreSettings
@@ -35,15 +35,15 @@ def test_cold_warm_and_restarted_stores_give_the_same_answer(open_rag):
     assert [source.reused for source in restarted.sources] == [True] * 3
 
 
-def test_cold_equals_warm_on_the_default_model_in_its_own_precision(open_rag, smollm):
+def test_cold_equals_warm_on_the_default_model_in_its_own_precision(open_rag, smollm, tmp_path):
     """In bfloat16 too: a chunk encoded on first use is the same to the last bit as one encoded at ingestion."""
     rag = open_rag(smollm)
-    rag.add(ROOT / "examples" / "corpus" / "lighthouse.md", ROOT / "examples" / "corpus" / "bakery.md")
+    rag.add(excerpt("lighthouse.md", tmp_path, 1, 4), excerpt("bakery.md", tmp_path, 1))
     for question in ("What is the fog horn called?", "When does the bakery open?"):
-        warm = rag.ask(question, max_new_tokens=24)
+        warm = rag.ask(question, max_new_tokens=16)
         rag.entries.delete(list(rag.entries.keys()))
-        cold = rag.ask(question, max_new_tokens=24)
-        again = rag.ask(question, max_new_tokens=24)
+        cold = rag.ask(question, max_new_tokens=16)
+        again = rag.ask(question, max_new_tokens=16)
         assert warm.text == cold.text == again.text
         assert not any(source.reused for source in cold.sources)
         assert all(source.reused for source in again.sources)

@@ -24,6 +24,7 @@ QUESTIONS = ["How many steps?", "When does the mill stop?", *(f"What is said of 
 FROM_DISK = StoreSettings(max_memory_bytes=0)
 
 
+@pytest.mark.endurance
 def test_three_hundred_flipped_bits_change_no_answer(open_rag, quick_folder, caplog):
     """G1, end to end: each flip is noticed, the chunk encoded and stored anew, the answer the same; said every time."""
     caplog.set_level(logging.ERROR)
@@ -115,6 +116,7 @@ def answers(tiny, embedder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.endurance
 def test_an_answer_is_the_same_whatever_fails(open_rag, quick_folder, answers, monkeypatch, name):
     """G3: twenty questions meet the failure, each anew; what fails to load is tried once, not again and again."""
     rag = open_rag(store=quick_folder / "store", limits=FROM_DISK)

@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 
+import pytest
 from conftest import ROOT
 from store_kill_loop import entry_of as entry
 from store_kill_loop import identity_of as identity
@@ -49,12 +50,14 @@ def script(name: str, *arguments: object) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.endurance
 def test_processes_that_are_stopped_and_killed_read_nothing_wrong_or_stale(quick_folder):
     """G19: the history of each key can be explained by some order of the writes; nothing raises, nothing is left."""
     result = script("store_stress.py", quick_folder / "stress", 60, 8, 4, 0)
     assert result["acts"] > 2_000 and result["killed"] > 50
 
 
+@pytest.mark.endurance
 def test_whatever_happens_the_store_does_what_a_dictionary_says(quick_folder):
     """Q4: 300 runs of up to 50 acts: two handles, other processes, killed ones, damage, lost index, jumping clock."""
     result = script("store_machine.py", quick_folder / "machine", 300, 50, 0)
@@ -104,6 +107,7 @@ def beside(code: str, folder) -> Iterator[list[int]]:
     printed += map(int, output.split())
 
 
+@pytest.mark.endurance
 def test_an_evictor_never_shows_its_readers_anything_but_whole_entries(quick_folder):
     """G20: a hundred thousand reads while another process makes room all the time: right or a miss."""
     keys, expected = [identity(n).key for n in range(8)], [entry(n) for n in range(8)]
@@ -123,6 +127,7 @@ def test_an_evictor_never_shows_its_readers_anything_but_whole_entries(quick_fol
     store.close()
 
 
+@pytest.mark.endurance
 def test_checking_and_sweeping_beside_writers_loses_nothing(quick_folder):
     """G21: ten thousand acknowledged writes, new and again, while another process verifies and sweeps in a loop.
 
@@ -186,6 +191,7 @@ print(*seen.values())
 """
 
 
+@pytest.mark.endurance
 def test_files_cut_replaced_and_removed_under_their_readers_kill_nobody(quick_folder):
     """G33: ten thousand reads; what was read before a file shrank is whole, what is read after it is refused."""
     folder = quick_folder / "kv"
@@ -265,6 +271,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.endurance
 def test_a_store_opened_before_a_fork_serves_parent_and_children(tmp_path, quick_folder):
     """G22: two hundred forks beside a reading thread, and every way of starting processes; no descriptor stays open."""
     script = tmp_path / "forks.py"
@@ -275,6 +282,7 @@ def test_a_store_opened_before_a_fork_serves_parent_and_children(tmp_path, quick
     assert int(done.stdout) <= 1  # the reading thread's connection, until it is collected
 
 
+@pytest.mark.endurance
 def test_a_row_made_to_point_at_another_entry_never_gives_a_wrong_answer(disk, kvs, monkeypatch):
     """G6: a thousand random rewires among sound entries: each read is right or a miss."""
     from store_parts import database_of, random_kv, same_bits

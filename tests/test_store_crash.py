@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.endurance
 def test_two_hundred_killed_writers_lose_nothing_they_acknowledged(quick_folder):
     """G12, G16: puts, deletes, evictions, checks, openings and rebuilding are cut short by SIGKILL at random moments.
 

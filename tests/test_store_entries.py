@@ -309,6 +309,7 @@ def test_an_integrity_key_seals_entries_against_whoever_does_not_know_it():
             verify(entry, identity_of(), given)
 
 
+@pytest.mark.endurance
 def test_without_the_digest_the_parser_stays_within_its_bounds():
     """S1, S2: ten thousand changed headers and payloads, digest bypassed: refused, or taken in the right shape.
 

@@ -81,6 +81,7 @@ def test_damage_in_any_page_of_the_index_never_crashes_a_reader(tmp_path, page):
     store.close()
 
 
+@pytest.mark.endurance
 def test_flipped_bits_anywhere_in_the_index_lose_and_change_nothing(quick_folder):
     """G17: twelve hundred flips, one at a time: at the next opening every entry is there, and right."""
     folder, rng = quick_folder / "kv", random.Random(0)

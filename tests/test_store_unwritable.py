@@ -161,6 +161,7 @@ print("done")
 """
 
 
+@pytest.mark.endurance
 def test_a_disk_without_a_free_byte_is_read_and_deleted_from(tmp_path):
     """G25: a file system of 4 MB filled up two hundred times; each read answered, each delete done, no partial file."""
     script = f'mount -t tmpfs -o size=4m none "$1" && exec "{sys.executable}" -c "$2" "$1"'
