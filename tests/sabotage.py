@@ -86,6 +86,18 @@ SABOTAGES = [
         ("test_identity.py", "only_its_own"),
     ),
     Sabotage(
+        "turn by angles in half precision", "rope.py",
+        "cos, sin = cos.float(), sin.float() * pairing.sign",
+        "cos, sin = cos.half().float(), sin.half().float() * pairing.sign",
+        ("test_probe.py", "thousand"),
+    ),
+    Sabotage(
+        "round a turned key a third time", "rope.py",
+        "            for side, partners in self.pairing.sides:\n",
+        "            turned.copy_(turned.to(keys.dtype))\n            for side, partners in self.pairing.sides:\n",
+        ("test_probe.py", "rounded_twice"),
+    ),
+    Sabotage(
         "do not sync the bytes", "store/kvdisk.py",
         "            os.fsync(descriptor)\n        finally:\n            os.close(descriptor)\n        os.rename",
         "            pass\n        finally:\n            os.close(descriptor)\n        os.rename",
