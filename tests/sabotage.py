@@ -129,12 +129,22 @@ SABOTAGES = [
     Sabotage(
         "evict what was used last", "store/disk.py",
         "ORDER BY access_time LIMIT", "ORDER BY access_time DESC LIMIT",
-        ("test_store_folder.py", "least_recently_used"),
+        ("test_store_budget.py", "least_recently_used"),
     ),
     Sabotage(
         "write first, evict later", "store/disk.py",
         "over = self.size_bytes() + num_bytes - self.max_bytes", "over = self.size_bytes() - self.max_bytes",
-        ("test_store_folder.py", "least_recently_used"),
+        ("test_store_budget.py", "least_recently_used"),
+    ),
+    Sabotage(
+        "leave what killed writers left", "store/disk.py",
+        "if killed and self._cache is not None:", "if False:",
+        ("test_store_budget.py", "leaves_that_is_killed"),
+    ),
+    Sabotage(
+        "let children keep the lock", "store/lock.py",
+        "    for descriptor in _open:\n        os.close(descriptor)\n", "",
+        ("test_store_concurrency.py", "born_while"),
     ),
     Sabotage(
         "delete rows only", "store/files.py",

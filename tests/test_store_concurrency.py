@@ -299,6 +299,31 @@ def test_a_row_made_to_point_at_another_entry_never_gives_a_wrong_answer(disk, k
     assert disk.counters.quarantined == 1000
 
 
+BORN_MEANWHILE = """
+import os, sys
+from pathlib import Path
+from kvlink_rag.store.lock import writer_lock
+waits, ends = os.pipe()
+knows, tells = os.pipe()
+with writer_lock(Path(sys.argv[1])):
+    if os.fork() == 0:
+        os.close(ends)
+        os.write(tells, b".")
+        os.read(waits, 1)  # lives as long as its parent
+        os._exit(0)
+    os.read(knows, 1)
+with writer_lock(Path(sys.argv[1]), 0.0) as was_killed:
+    print(was_killed)
+"""
+
+
+def test_a_child_born_while_somebody_writes_does_not_keep_his_turn(tmp_path):
+    """A forked process inherits open files, and with them the lock; it lets go of it at once."""
+    command = [sys.executable, "-c", BORN_MEANWHILE, str(tmp_path / "lock")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr[-2000:]
+
+
 def test_two_stores_that_find_the_index_damaged_rebuild_it_once(tmp_path):
     """Who comes second waits and takes what the first has rebuilt."""
     store = DiskStore(tmp_path, max_bytes=ROOM)

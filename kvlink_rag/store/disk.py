@@ -291,8 +291,11 @@ class DiskStore:
     @contextlib.contextmanager
     def _writing(self, wait_s: float | None = None) -> Iterator[None]:
         """One's turn to write."""
-        with writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s), NO_FORK:
+        with writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s) as killed, NO_FORK:
             self._roll_back()  # what an earlier failure may have left open
+            if killed and self._cache is not None:
+                with contextlib.suppress(OSError, *_INDEX_FAILED):
+                    reconcile(self._cache, self.folder, self.ttl_s)  # what the last writer left, who was killed
             yield
 
     def _make_room(self, num_bytes: int) -> None:
