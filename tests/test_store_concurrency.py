@@ -299,6 +299,29 @@ def test_a_row_made_to_point_at_another_entry_never_gives_a_wrong_answer(disk, k
     assert disk.counters.quarantined == 1000
 
 
+VERIFIED_IN_CHILDREN = """
+import os, signal, sys
+from pathlib import Path
+from store_kill_loop import identity_of
+from kvlink_rag.recipe import file_digest
+from kvlink_rag.store.entry import pack, verify
+entry, path = pack(identity_of(1), {}, bytes(2**25)), Path(sys.argv[1])
+path.write_bytes(entry)
+expected = verify(entry)[0], file_digest(path)
+if (pid := os.fork()) == 0:
+    signal.alarm(60)  # ends it where it would wait for ever
+    os._exit((verify(entry)[0], file_digest(path)) != expected)
+print(os.waitpid(pid, 0)[1])
+"""
+
+
+def test_a_forked_child_verifies_what_is_big_as_well(tmp_path):
+    """G22: threads of its parent's that hash are not there in a child; it does not wait for them."""
+    command = [sys.executable, "-c", VERIFIED_IN_CHILDREN, str(tmp_path / "entry")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.stdout.strip() == "0", done.stderr[-2000:]
+
+
 BORN_MEANWHILE = """
 import os, sys
 from pathlib import Path
