@@ -137,6 +137,22 @@ SABOTAGES = [
         ("test_store_budget.py", "least_recently_used"),
     ),
     Sabotage(
+        "hash on threads that a fork leaves behind", "store/entry.py",
+        "blake3(data) if integrity_key is None", "blake3(data, max_threads=blake3.AUTO) if integrity_key is None",
+        ("test_store_concurrency.py", "forked_child"),
+    ),
+    Sabotage(
+        "let safetensors write, which aborts without memory", "store/codec.py",
+        "_payload(tensors, layout), integrity_key)", "__import__('safetensors.torch').torch.save(tensors), integrity_key)",
+        ("test_store_unwritable.py", "without_memory"),
+    ),
+    Sabotage(
+        "call damaged what there is no memory to read", "store/disk.py",
+        "            except MemoryError:\n                self._say(\"check\"",
+        "            except MemoryError:\n                self._files.remove([key])\n                self._say(\"check\"",
+        ("test_store_unwritable.py", "without_memory"),
+    ),
+    Sabotage(
         "leave what killed writers left", "store/disk.py",
         "if killed and self._cache is not None:", "if False:",
         ("test_store_budget.py", "leaves_that_is_killed"),
@@ -237,7 +253,12 @@ SABOTAGES = [
     Sabotage(
         "encode for every question", "kv_source.py",
         "if not (reuse and source.is_stored(ids))", "if True",
-        ("test_memory.py", "fifty"),
+        ("test_single_flight.py", "fifty"),
+    ),
+    Sabotage(
+        "keep to oneself what went wrong", "compute.py",
+        "self._error = error  # handed over to the waiting thread", "pass",
+        ("test_single_flight.py", "first_fails"),
     ),
     Sabotage(
         "use unpacked what is stored packed", "kv_source.py",
