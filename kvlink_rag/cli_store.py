@@ -112,8 +112,7 @@ def _maintained(store: Path, namespace: str, max_gib: float = 20.0) -> Iterator[
     must_be_store(store)
     from kvlink_rag.config import StoreSettings
     from kvlink_rag.index import VectorIndex
-    from kvlink_rag.store.disk import open_entries
-    from kvlink_rag.store.folder import open_folder
+    from kvlink_rag.store.folder import open_entries, open_folder
     from kvlink_rag.store.namespaces import namespace_folder, namespace_id
 
     folder = open_folder(store, integrity_key())

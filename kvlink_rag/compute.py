@@ -177,7 +177,9 @@ class ComputeThread:
 
 def _serve(jobs: queue.SimpleQueue[Job]) -> None:
     while True:
-        jobs.get().perform()
+        job = jobs.get()
+        with contextlib.suppress(BaseException):  # its own waits for its caller; the thread is there for all others
+            job.perform()
 
 
 compute = ComputeThread()

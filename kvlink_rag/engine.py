@@ -39,8 +39,7 @@ from kvlink_rag.links import Checkpoint, LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.prompt import Message
-from kvlink_rag.store.disk import open_entries
-from kvlink_rag.store.folder import open_folder
+from kvlink_rag.store.folder import open_entries, open_folder
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.store.memory import MemoryTier
 from kvlink_rag.store.namespaces import namespace_folder, namespace_id

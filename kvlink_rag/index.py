@@ -23,6 +23,7 @@ from blake3 import blake3
 from kvlink_rag.embedder import Vectors
 from kvlink_rag.errors import NotAStore
 from kvlink_rag.store.kvdisk import publish
+from kvlink_rag.store.place import Place
 from kvlink_rag.types import Chunk, Hit
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class VectorIndex:
         self._lock = threading.RLock()
         database = self._folder / "index.sqlite"
         try:
+            self._place = Place(self._folder)
             if not database.exists():  # nobody else may read texts: made private before SQLite makes it otherwise
                 os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
         except OSError as error:
@@ -158,6 +160,7 @@ class VectorIndex:
     def set_keys(self, document_id: str, chunks: Sequence[IndexedChunk]) -> None:
         """Note under which recipe and key a document's chunks are now encoded."""
         with self._lock:
+            self._place.check()
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany(
                 "UPDATE chunks SET num_tokens = ?, fingerprint = ?, kv_key = ? WHERE document_id = ? AND position = ?",
@@ -225,6 +228,7 @@ class VectorIndex:
     def set_meta(self, name: str, value: str) -> None:
         """Set a named value of the store."""
         with self._lock:
+            self._place.check()
             self._db.execute(
                 "INSERT INTO meta VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value", (name, value)
             )
@@ -236,6 +240,7 @@ class VectorIndex:
         with self._lock:
             if self._faiss is None or self._is_behind() or self.get_meta("faiss_digest"):
                 return
+            self._place.check()
             data = faiss.serialize_index(self._faiss).tobytes()
             self._db.execute("BEGIN IMMEDIATE")  # one process at a time
             try:
@@ -262,6 +267,7 @@ class VectorIndex:
     def _changing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that also notes that the FAISS file is behind."""
         with self._lock:
+            self._place.check()
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 self.set_meta("faiss_digest", "")
@@ -290,7 +296,7 @@ class VectorIndex:
             return self._faiss
         self._faiss_version = self._data_version()
         try:
-            data = (self._folder / "index.faiss").read_bytes()
+            data = (self._folder / "index.faiss").read_bytes() if self._place.is_kept() else b""
         except OSError:
             data = b""
         if data and blake3(data).hexdigest() == self.get_meta("faiss_digest"):

@@ -79,7 +79,8 @@ def file_digest(path: Path, cache_path: Path | None = None) -> str:
     known = _read_cache(cache_path)
     if identity in known:
         return known[identity]
-    digest = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+    num_threads = os.cpu_count() or 1  # not AUTO: that pool of threads does not outlive a fork
+    digest = blake3(max_threads=num_threads).update_mmap(path).hexdigest()
     if cache_path is not None:
         _write_cache(cache_path, {**known, identity: digest})
     return digest

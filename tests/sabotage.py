@@ -86,6 +86,18 @@ SABOTAGES = [
         ("test_identity.py", "only_its_own"),
     ),
     Sabotage(
+        "turn by angles in half precision", "rope.py",
+        "cos, sin = cos.float(), sin.float() * pairing.sign",
+        "cos, sin = cos.half().float(), sin.half().float() * pairing.sign",
+        ("test_probe.py", "thousand"),
+    ),
+    Sabotage(
+        "round a turned key a third time", "rope.py",
+        "            for side, partners in self.pairing.sides:\n",
+        "            turned.copy_(turned.to(keys.dtype))\n            for side, partners in self.pairing.sides:\n",
+        ("test_probe.py", "rounded_twice"),
+    ),
+    Sabotage(
         "do not sync the bytes", "store/kvdisk.py",
         "            os.fsync(descriptor)\n        finally:\n            os.close(descriptor)\n        os.rename",
         "            pass\n        finally:\n            os.close(descriptor)\n        os.rename",
@@ -117,12 +129,38 @@ SABOTAGES = [
     Sabotage(
         "evict what was used last", "store/disk.py",
         "ORDER BY access_time LIMIT", "ORDER BY access_time DESC LIMIT",
-        ("test_store_folder.py", "least_recently_used"),
+        ("test_store_budget.py", "least_recently_used"),
     ),
     Sabotage(
         "write first, evict later", "store/disk.py",
         "over = self.size_bytes() + num_bytes - self.max_bytes", "over = self.size_bytes() - self.max_bytes",
-        ("test_store_folder.py", "least_recently_used"),
+        ("test_store_budget.py", "least_recently_used"),
+    ),
+    Sabotage(
+        "hash on threads that a fork leaves behind", "store/entry.py",
+        "blake3(data) if integrity_key is None", "blake3(data, max_threads=blake3.AUTO) if integrity_key is None",
+        ("test_store_concurrency.py", "forked_child"),
+    ),
+    Sabotage(
+        "let safetensors write, which aborts without memory", "store/codec.py",
+        "_payload(tensors, layout), integrity_key)", "__import__('safetensors.torch').torch.save(tensors), integrity_key)",
+        ("test_store_unwritable.py", "without_memory"),
+    ),
+    Sabotage(
+        "call damaged what there is no memory to read", "store/disk.py",
+        "            except MemoryError:\n                self._say(\"check\"",
+        "            except MemoryError:\n                self._files.remove([key])\n                self._say(\"check\"",
+        ("test_store_unwritable.py", "without_memory"),
+    ),
+    Sabotage(
+        "leave what killed writers left", "store/disk.py",
+        "if killed and self._cache is not None:", "if False:",
+        ("test_store_budget.py", "leaves_that_is_killed"),
+    ),
+    Sabotage(
+        "let children keep the lock", "store/lock.py",
+        "    for descriptor in _open:\n        os.close(descriptor)\n", "",
+        ("test_store_concurrency.py", "born_while"),
     ),
     Sabotage(
         "delete rows only", "store/files.py",
@@ -215,7 +253,12 @@ SABOTAGES = [
     Sabotage(
         "encode for every question", "kv_source.py",
         "if not (reuse and source.is_stored(ids))", "if True",
-        ("test_memory.py", "fifty"),
+        ("test_single_flight.py", "fifty"),
+    ),
+    Sabotage(
+        "keep to oneself what went wrong", "compute.py",
+        "self._error = error  # handed over to the waiting thread", "pass",
+        ("test_single_flight.py", "first_fails"),
     ),
     Sabotage(
         "use unpacked what is stored packed", "kv_source.py",

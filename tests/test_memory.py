@@ -105,30 +105,6 @@ def test_many_threads_leave_the_accounts_right(memory):
     assert memory.size_bytes == 0
 
 
-def test_fifty_questions_at_once_encode_a_cold_document_once(open_rag):
-    """G23: single flight. Each answer is the same, and one entry was written."""
-    rag = open_rag()
-    rag.add([Document("The lighthouse has 201 steps.", id="d")], encode="on-first-use")
-    answers: list[str] = []
-    encoded: list[int] = []
-    real = rag.encoder.encode
-
-    def counting(chunks, **options):
-        encoded.append(len(chunks))
-        return real(chunks, **options)
-
-    rag.encoder.encode = counting
-    threads = [
-        threading.Thread(target=lambda: answers.append(rag.ask("How many?", max_new_tokens=1).text)) for _ in range(50)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == 50 and len(set(answers)) == 1
-    assert sum(encoded) == 1 and rag.stats()["entries"] == 1
-
-
 @pytest.mark.parametrize("max_memory_bytes", [0, 2**20])
 def test_the_tier_changes_no_answer(open_rag, max_memory_bytes):
     """With it and without, first and later questions are answered alike."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import FAMILIES, PROBE_ONLY, REFUSED, build, build_kind, byte_tokenizer
 
 from kvlink_rag.errors import UnsupportedModel
 from kvlink_rag.model import LanguageModel
+from kvlink_rag.rope import Rope
 
 
 def probed(case):
@@ -71,7 +74,10 @@ def test_moved_keys_are_the_models_own_keys_at_that_position(family):
         assert (moved - keys).norm() / keys.norm() < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-llama3", "llama-linear", "llama-yarn", "phi3-partial"])
+KINDS_OF_ROPE = ["llama", "llama-llama3", "llama-linear", "llama-yarn", "llama-proportional", "phi3-partial"]
+
+
+@pytest.mark.parametrize("family", KINDS_OF_ROPE)
 def test_a_thousand_moves_between_any_two_places_give_the_models_own_keys(family):
     """G7: tokens in any order and at any distance, each within a millionth; what is moved is left as it was."""
     model, generator = build(family), torch.Generator().manual_seed(0)
@@ -89,6 +95,29 @@ def test_a_thousand_moves_between_any_two_places_give_the_models_own_keys(family
     for _ in range(1000):
         forth.apply(stored[:, :, :20], out=moved[:, :, :20])
     assert torch.equal(stored.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("family", KINDS_OF_ROPE)
+def test_keys_in_bfloat16_are_rounded_twice_at_most(family):
+    """G7: once where they are stored, once where they are placed; a thousand moves against a turn in float64."""
+    model, generator = build(family), torch.Generator().manual_seed(1)
+    (rotation,) = model.rope.rotations
+    written = torch.randn(1, 1, 1000, 16, generator=generator).bfloat16()
+    here, there = torch.randint(0, 2000, (2, 1000), generator=generator)
+    stored, moved = torch.empty_like(written), torch.empty_like(written)
+    layer = Rope((replace(rotation, layers=(0,)),), 1)
+    layer.back(here).apply(written, out=stored)
+    layer.forth(there).apply(stored, out=moved)
+    (cos_here, sin_here), (cos_there, sin_there) = rotation.angles(here), rotation.angles(there)
+    angles_here, angles_there = torch.complex(cos_here, sin_here).cdouble(), torch.complex(cos_there, sin_there)
+    num_pairs = rotation.pairing.num_pairs
+    given, got = (
+        torch.complex(keys[..., :num_pairs].double(), keys[..., num_pairs : 2 * num_pairs].double())
+        for keys in (written, moved)
+    )
+    errors = (got - given / angles_here * angles_there).abs() / given.abs()
+    assert errors.max() < 2 * 2.0**-8  # a rounding is off by half a unit in the last of 8 places
+    assert torch.equal(moved[..., 2 * num_pairs :], written[..., 2 * num_pairs :])
 
 
 def test_reversed_rotation_is_proven_too():

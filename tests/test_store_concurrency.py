@@ -307,6 +307,54 @@ def test_a_row_made_to_point_at_another_entry_never_gives_a_wrong_answer(disk, k
     assert disk.counters.quarantined == 1000
 
 
+VERIFIED_IN_CHILDREN = """
+import os, signal, sys
+from pathlib import Path
+from store_kill_loop import identity_of
+from kvlink_rag.recipe import file_digest
+from kvlink_rag.store.entry import pack, verify
+entry, path = pack(identity_of(1), {}, bytes(2**25)), Path(sys.argv[1])
+path.write_bytes(entry)
+expected = verify(entry)[0], file_digest(path)
+if (pid := os.fork()) == 0:
+    signal.alarm(60)  # ends it where it would wait for ever
+    os._exit((verify(entry)[0], file_digest(path)) != expected)
+print(os.waitpid(pid, 0)[1])
+"""
+
+
+def test_a_forked_child_verifies_what_is_big_as_well(tmp_path):
+    """G22: threads of its parent's that hash are not there in a child; it does not wait for them."""
+    command = [sys.executable, "-c", VERIFIED_IN_CHILDREN, str(tmp_path / "entry")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.stdout.strip() == "0", done.stderr[-2000:]
+
+
+BORN_MEANWHILE = """
+import os, sys
+from pathlib import Path
+from kvlink_rag.store.lock import writer_lock
+waits, ends = os.pipe()
+knows, tells = os.pipe()
+with writer_lock(Path(sys.argv[1])):
+    if os.fork() == 0:
+        os.close(ends)
+        os.write(tells, b".")
+        os.read(waits, 1)  # lives as long as its parent
+        os._exit(0)
+    os.read(knows, 1)
+with writer_lock(Path(sys.argv[1]), 0.0) as was_killed:
+    print(was_killed)
+"""
+
+
+def test_a_child_born_while_somebody_writes_does_not_keep_his_turn(tmp_path):
+    """A forked process inherits open files, and with them the lock; it lets go of it at once."""
+    command = [sys.executable, "-c", BORN_MEANWHILE, str(tmp_path / "lock")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr[-2000:]
+
+
 def test_two_stores_that_find_the_index_damaged_rebuild_it_once(tmp_path):
     """Who comes second waits and takes what the first has rebuilt."""
     store = DiskStore(tmp_path, max_bytes=ROOM)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from blake3 import blake3
 from conftest import ROOT
+from safetensors.torch import save
 from store_parts import (
     AS_COMPUTED,
     FINGERPRINT,
@@ -29,6 +30,7 @@ from store_parts import (
 
 from kvlink_rag.errors import CorruptEntry
 from kvlink_rag.kv import KV
+from kvlink_rag.packing import Precision
 from kvlink_rag.store.codec import from_entry, to_entry
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.entry import MAGIC, Identity, pack, verify
@@ -49,6 +51,16 @@ def test_a_kv_comes_back_bit_for_bit(tmp_path, dtype):
             stored.put(kv)
         assert same_bits(stored.get(TOKEN_IDS), kv)
         store.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["model", "int8", "int4"])
+def test_a_payload_is_what_safetensors_itself_would_write(precision, dtype):
+    """Byte for byte; it is written here, since safetensors aborts the process where memory is short."""
+    kind = Precision() if precision == "model" else Precision.parse(precision)
+    kv = kind.at_rest(random_kv(dtype=dtype))
+    _, payload = verify(to_entry(kv, identity_of(), shape_of(dtype), kind))
+    assert bytes(payload) == save({name: tensor.contiguous() for name, tensor in kv.tensors.items()})
 
 
 def test_strided_and_uneven_tensors_come_back(disk):

@@ -16,7 +16,7 @@ from store_parts import (
     key_of,
 )
 
-from kvlink_rag.errors import CannotStore, NotAStore, StoreFull
+from kvlink_rag.errors import CannotStore, NotAStore
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.lock import writer_lock
 
@@ -202,110 +202,6 @@ def test_a_writer_that_waits_in_vain_says_so(tmp_path):
             store.delete([identity_of().key])
         assert store.get(identity_of().key) == entry_of()
     store.put(identity_of((1,)).key, entry_of((1,)))
-    store.close()
-
-
-# -- the budget ------------------------------------------------------------------------------------
-
-
-def test_the_least_recently_used_entries_make_room(tmp_path):
-    """Reading an entry keeps it; the budget holds after every write, and what went is counted."""
-    size = len(entry_of((1,)))
-    store = DiskStore(tmp_path, max_bytes=3 * size + 10)
-    keys = [identity_of((n,)).key for n in range(1, 6)]
-    for n, key in enumerate(keys[:3], 1):
-        store.put(key, entry_of((n,)))
-    assert store.get(keys[0]) is not None
-    for n, key in enumerate(keys[3:], 4):
-        store.put(key, entry_of((n,)))
-        assert sum(path.stat().st_size for path in entry_files(tmp_path)) == store.size_bytes() <= store.max_bytes
-    assert sorted(store.keys()) == sorted([keys[0], *keys[3:]])
-    assert store.counters.evicted == 2
-    store.close()
-
-
-def test_the_budget_holds_at_every_moment_of_a_write(tmp_path, monkeypatch):
-    """G26: looked at before and after each call to the system: never more than the budget and one entry on the disk."""
-    size, sampled = len(entry_of((1,))), []
-    store = DiskStore(tmp_path, max_bytes=3 * size)
-
-    def sampling(real):
-        def call(*args, **options):
-            sampled.append(sum(path.stat().st_size for path in tmp_path.glob("??/*") if path.is_file()))
-            try:
-                return real(*args, **options)
-            finally:
-                sampled.append(sum(path.stat().st_size for path in tmp_path.glob("??/*") if path.is_file()))
-
-        return call
-
-    for name in ("open", "write", "fsync", "rename", "unlink"):
-        monkeypatch.setattr(os, name, sampling(getattr(os, name)))
-    for n in range(40):
-        store.put(identity_of((n % 7,)).key, entry_of((n % 7,)))
-    monkeypatch.undo()
-    assert len(sampled) > 400 and 3 * size < max(sampled) + size and max(sampled) <= 4 * size
-    assert store.counters.evicted > 20
-    store.close()
-
-
-def test_a_use_that_only_memory_saw_counts_too(tmp_path):
-    """Who serves an entry from a copy notes its use, so that the budget does not take it first."""
-    size = len(entry_of((1,)))
-    store = DiskStore(tmp_path, max_bytes=2 * size)
-    keys = [identity_of((n,)).key for n in range(1, 4)]
-    for n, key in enumerate(keys, 1):
-        store.touch(keys[0])
-        store.put(key, entry_of((n,)))
-    assert sorted(store.keys()) == sorted([keys[0], keys[2]])
-    store.close()
-
-
-def test_uses_are_known_after_a_restart(tmp_path):
-    """Last uses are written when the store is closed."""
-    size = len(entry_of((1,)))
-    keys = [identity_of((n,)).key for n in range(1, 4)]
-    store = DiskStore(tmp_path, max_bytes=2 * size)
-    for n, key in enumerate(keys[:2], 1):
-        store.put(key, entry_of((n,)))
-    store.get(keys[0])
-    store.close()
-    store = DiskStore(tmp_path, max_bytes=2 * size)
-    store.put(keys[2], entry_of((3,)))
-    assert sorted(store.keys()) == sorted([keys[0], keys[2]])
-    store.close()
-
-
-def test_reading_writes_nothing(disk):
-    """A thousand reads change no byte of the index: uses are kept in memory."""
-    disk.put(identity_of().key, entry_of())
-    before = (disk.folder / "cache.db").read_bytes()
-    for _ in range(1000):
-        disk.get(identity_of().key)
-    assert (disk.folder / "cache.db").read_bytes() == before
-
-
-def test_an_entry_beyond_the_whole_budget_is_refused_and_nothing_makes_room_for_it(tmp_path):
-    """What can never fit does not empty the store."""
-    store = DiskStore(tmp_path, max_bytes=len(entry_of()))
-    store.put(identity_of().key, entry_of())
-    with pytest.raises(StoreFull, match="beyond the store's budget"):
-        store.put(key_of(1), bytes(len(entry_of()) + 1))
-    assert list(store.keys()) == [identity_of().key] and store.counters.evicted == 0
-    store.close()
-
-
-def test_a_smaller_budget_than_before_is_kept_from_the_next_write_on(tmp_path):
-    """Opening a store with another budget evicts down to it as soon as something is written."""
-    size = len(entry_of((1,)))
-    for n in range(300):
-        path = tmp_path / identity_of((n,)).key[:2] / f"{identity_of((n,)).key}.{n:016x}.kv"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(entry_of((n,)))
-    store = DiskStore(tmp_path, max_bytes=5 * size)
-    assert len(list(store.keys())) == 300
-    store.put(identity_of((1,)).key, entry_of((1,)))
-    assert store.size_bytes() == 5 * size == sum(path.stat().st_size for path in entry_files(tmp_path))
     store.close()
 
 

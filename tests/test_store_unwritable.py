@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -123,6 +124,7 @@ from kvlink_rag.errors import StoreFull
 from kvlink_rag.store.disk import DiskStore
 folder = sys.argv[1]
 key = lambda n: f"{n:064x}"
+ENTRY = b"entry" * 800_000
 filler = open(os.path.join(folder, "filler"), "wb", buffering=0)
 
 def fill():
@@ -137,19 +139,19 @@ for round in range(200):
     stored, n = [], 0
     while True:
         try:
-            store.put(key(n), b"entry" * 40_000)
+            store.put(key(n), ENTRY)
         except StoreFull as error:
             break
         stored.append(n)
         n += 1
-    assert len(stored) >= 5, (round, stored)
+    assert len(stored) >= 12, (round, stored)
     fill()
     assert not [name for _, _, names in os.walk(folder + "/kv") for name in names if name.endswith(".tmp")]
-    assert all(bytes(store.get(key(n))) == b"entry" * 40_000 for n in stored)
+    assert all(store.get(key(n)) == ENTRY for n in stored)
     if round % 50 == 10:  # a store can be opened, read and emptied while there is no room at all
         store.close()
         store = DiskStore(folder + "/kv", max_bytes=2**40)
-        assert all(bytes(store.get(key(n))) == b"entry" * 40_000 for n in stored)
+        assert all(store.get(key(n)) == ENTRY for n in stored)
     assert store.delete([key(n) for n in stored]) == len(stored)
     assert not any(key(n) in store or store.get(key(n)) is not None for n in stored)
     filler.truncate(0)
@@ -163,8 +165,8 @@ print("done")
 
 @pytest.mark.endurance
 def test_a_disk_without_a_free_byte_is_read_and_deleted_from(tmp_path):
-    """G25: a file system of 4 MB filled up two hundred times; each read answered, each delete done, no partial file."""
-    script = f'mount -t tmpfs -o size=4m none "$1" && exec "{sys.executable}" -c "$2" "$1"'
+    """G25: 64 MB filled up two hundred times; each read is answered, each deletion done, no file left half written."""
+    script = f'mount -t tmpfs -o size=64m none "$1" && exec "{sys.executable}" -c "$2" "$1"'
     command = ["unshare", "--mount", "--user", "--map-root-user", "sh", "-c", script, "sh", str(tmp_path), FULL_TMPFS]
     can_mount = subprocess.run([*command[:6], "mount -t tmpfs none /mnt"], capture_output=True).returncode == 0
     if not can_mount:
@@ -235,3 +237,54 @@ print(sorted(key[0] for key in store.keys()), bytes(store.get("a" * 64)) == b"en
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["None", "said", "['a', 'b'] True"]
+
+
+NO_MEMORY = """
+import resource, sys
+from store_parts import FINGERPRINT, ROOM, random_kv, same_bits, shape_of
+from kvlink_rag.errors import CannotStore
+from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.store.kv_store import KVStore
+
+def room(num_bytes=None):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes and pages * 4096 + num_bytes or -1, -1))
+
+disk = DiskStore(sys.argv[1], max_bytes=ROOM)
+kvs = KVStore(disk, FINGERPRINT, shape_of())
+kept, new = random_kv(tuple(range(8_000))), random_kv(tuple(range(1, 8_001)), seed=1)  # 2 MB each
+kvs.put(kept)
+missed = refused = 0
+for num_bytes in range(2**12, 3 * 2**22, 2**19):
+    room(num_bytes)
+    found = kvs.get(kept.token_ids)
+    try:
+        kvs.put(new)
+        stored = True
+    except CannotStore as error:
+        assert "no memory left" in str(error), error
+        stored = False
+    room()
+    missed += found is None
+    refused += not stored
+    assert kvs.lookups.misses == missed and (found is None or same_bits(found, kept))
+    del found
+    assert same_bits(kvs.get(kept.token_ids), kept)
+    assert same_bits(kvs.get(new.token_ids), new) if stored else new.token_ids not in kvs
+    assert disk.verify() == (1 + stored, []) and disk.counters.quarantined == 0
+    room(num_bytes)
+    disk.verify()  # whether there is memory for it or not, it drops nothing
+    room()
+    kvs.delete([kvs.key(new.token_ids)])
+print(missed, refused)
+"""
+
+
+def test_a_process_without_memory_loses_nothing_and_is_told(tmp_path):
+    """G25: with more and more memory, reads are misses and writes refused, until they succeed; nothing is dropped."""
+    command = [sys.executable, "-c", NO_MEMORY, str(tmp_path / "kv")]
+    options = {"cwd": ROOT / "tests", "env": {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}}  # freed is freed
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    missed, refused = map(int, done.stdout.split())
+    assert 2 < missed < 20 and 4 < refused < 24

@@ -43,17 +43,24 @@ LONGROPE = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+GEMMA4 = {
+    "head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
     "llama-linear": ("Llama", {"rope_parameters": LINEAR}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama-proportional": ("Llama", {"rope_parameters": PROPORTIONAL}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "mistral-window": ("Mistral", {"sliding_window": 8}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma3-window": ("Gemma3Text", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
                                      "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "gemma4-one-head-size": ("Gemma4Text", GEMMA4),
     "phi3-partial": ("Phi3", {"partial_rotary_factor": 0.5}),
     "smollm3-nope": ("SmolLM3", {"no_rope_layers": [1, 1, 1, 0]}),
     "cohere2-nope": ("Cohere2", {"sliding_window": 8}),
@@ -71,6 +78,7 @@ PROBE_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
 # What the refusal must name stands last.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "learned-positions": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}, "learned position embeddings"),
+    "gemma4-two-head-sizes": ("Gemma4Text", {**GEMMA4, "global_head_dim": 32}, "KV of different sizes"),
     "alibi-bloom": ("Bloom", {"n_layer": 2, "n_head": 4}, "ALiBi"),
     "alibi-mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, "ALiBi"),
     "latent-attention": ("DeepseekV3", MLA, "latent attention"),
@@ -108,7 +116,7 @@ def build_kind(kind: str, seed: int = 0, **options: Any) -> Any:
     """A random model of a transformers class prefix such as "Llama"."""
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options})
     torch.manual_seed(seed)
-    name = {"Gemma3Text": "Gemma3"}.get(kind, kind)
+    name = {"Gemma3Text": "Gemma3", "Gemma4Text": "Gemma4"}.get(kind, kind)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:

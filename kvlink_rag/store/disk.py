@@ -11,35 +11,35 @@ import logging
 import os
 import shutil
 import sqlite3
-import stat
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from diskcache import Cache, Timeout
 
-from kvlink_rag.config import StoreSettings
 from kvlink_rag.errors import BadInput, CannotStore, CorruptEntry, NotAStore, StoreFull
+from kvlink_rag.store.counters import Counters
 from kvlink_rag.store.entry import verify
 from kvlink_rag.store.files import EntryFiles
-from kvlink_rag.store.kv_index import DATABASE, IS_OURS, Damaged, create_private, new_index, open_index, reconcile
+from kvlink_rag.store.kv_index import (
+    DATABASE,
+    IS_OURS,
+    Damaged,
+    create_private,
+    is_full,
+    new_index,
+    open_index,
+    reconcile,
+)
 from kvlink_rag.store.lock import NO_FORK, WAIT_S, writer_lock
+from kvlink_rag.store.place import Place
 
 log = logging.getLogger(__name__)
 USES_KEPT_S = 60.0  # how long last uses may be known to this process alone
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _INDEX_FAILED = (sqlite3.Error, Timeout, ValueError)  # ValueError: text that is none, after flipped bits
+_FAILED = (OSError, MemoryError, *_INDEX_FAILED)
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-@dataclass
-class Counters:
-    """What this process saw happen to entries."""
-
-    quarantined: int = 0
-    evicted: int = 0
-    expired: int = 0
 
 
 class DiskStore:
@@ -79,16 +79,14 @@ class DiskStore:
     def _open(self) -> Cache | None:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            mode = stat.S_IMODE(self.folder.stat().st_mode)
+            self._place = Place(self.folder)
             is_new = create_private(self.folder / DATABASE)
         except OSError as error:
             if error.errno in _READ_ONLY and self.folder.is_dir():
                 log.warning("%s cannot be written: stored KV is served, nothing is added", self.folder)
-                self.read_only = True
+                self._place, self.read_only = Place(self.folder), True
                 return None
             raise NotAStore(f"{self.folder} cannot be used as a KV store: {error.strerror}") from error
-        if mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise NotAStore(f"others may write into {self.folder} (mode {mode:o}); run: chmod go-rwx {self.folder}")
         try:
             cache = open_index(self.folder)
         except Damaged as error:
@@ -128,11 +126,16 @@ class DiskStore:
         except CorruptEntry as error:
             self.quarantine(key, str(error), b"")
             return None
+        except MemoryError:
+            self._say("memory", f"no memory left to read entries of {self.folder}: their KV is computed again")
+            return None
         if entry is not None:
             self._uses[key] = time.time()
         return entry
 
     def _read(self, key: str) -> memoryview | None:
+        if not self._place.is_kept():
+            return None
         if self._cache is not None:
             try:
                 with NO_FORK:
@@ -144,6 +147,8 @@ class DiskStore:
 
     def _row_or_file(self, key: str) -> Path | None:
         """The entry's file as the index knows it, or as it is found where there is no index."""
+        if not self._place.is_kept():
+            return None
         if self._cache is None:
             return self._files.find(key)
         query = "SELECT filename FROM Cache WHERE key = ? AND (expire_time IS NULL OR expire_time > ?)"
@@ -151,7 +156,7 @@ class DiskStore:
             with NO_FORK:
                 row = self._cache._sql(query, (key, time.time())).fetchone()
             path: Path | None = None if row is None else self._cache.disk.contained(row[0])
-        except _INDEX_FAILED:
+        except (MemoryError, *_INDEX_FAILED):
             return self._files.find(key)
         except CorruptEntry:
             return None
@@ -167,6 +172,7 @@ class DiskStore:
 
     def keys(self, tag: str | None = None) -> Iterator[str]:
         """Keys of all entries, or of those put under one tag."""
+        self._place.check()
         if self._cache is None:
             yield from (key for key, its_tag, _ in self._files.headers() if tag in (None, its_tag))
             return
@@ -177,6 +183,7 @@ class DiskStore:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Tag -> number and bytes of its entries."""
+        self._place.check()
         if self._cache is None:
             found: dict[str, tuple[int, int]] = {}
             for _, tag, size in self._files.headers():
@@ -189,6 +196,7 @@ class DiskStore:
 
     def size_bytes(self) -> int:
         """Bytes of all entries, as accounted."""
+        self._place.check()
         if self._cache is None:
             return sum(size for _, _, size in self._files.headers())
         with NO_FORK:
@@ -219,11 +227,12 @@ class DiskStore:
             try:
                 self._make_room(len(entry))
                 self._cache.set(key, entry, expire=self.ttl_s, tag=tag)
-            except (OSError, *_INDEX_FAILED) as error:
+            except _FAILED as error:
                 self._tidy(key)
-                if getattr(error, "errno", None) in _NO_ROOM or _is_full(error):
+                if getattr(error, "errno", None) in _NO_ROOM or is_full(error):
                     raise StoreFull(f"no room left on the disk of {self.folder}: {error}") from error
-                raise CannotStore(f"an entry could not be written to {self.folder}: {error}") from error
+                reason = "no memory left" if isinstance(error, MemoryError) else error
+                raise CannotStore(f"an entry could not be written to {self.folder}: {reason}") from error
         self._uses.pop(key, None)
 
     def quarantine(self, key: str, reason: str, entry: memoryview | bytes) -> None:
@@ -232,7 +241,7 @@ class DiskStore:
         self._say(key, f"KV entry {key[:12]}… failed verification ({reason}): it is dropped and computed again")
         if self.read_only:
             return
-        with contextlib.suppress(CannotStore), self._writing():
+        with contextlib.suppress(CannotStore, MemoryError), self._writing():
             try:
                 now = self._read(key)
             except CorruptEntry:
@@ -270,6 +279,8 @@ class DiskStore:
             except CorruptEntry as error:
                 self.quarantine(key, str(error), entry)
                 dropped.append(key)
+            except MemoryError:
+                self._say("check", f"no memory left to check every entry of {self.folder}")
         self.sweep()
         return sound, dropped
 
@@ -290,9 +301,13 @@ class DiskStore:
 
     @contextlib.contextmanager
     def _writing(self, wait_s: float | None = None) -> Iterator[None]:
-        """One's turn to write."""
-        with writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s), NO_FORK:
+        """One's turn to write. Raises CannotStore."""
+        self._place.check(CannotStore)
+        with writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s) as killed, NO_FORK:
             self._roll_back()  # what an earlier failure may have left open
+            if killed and self._cache is not None:
+                with contextlib.suppress(*_FAILED):
+                    reconcile(self._cache, self.folder, self.ttl_s)  # what the last writer left, who was killed
             yield
 
     def _make_room(self, num_bytes: int) -> None:
@@ -354,7 +369,7 @@ class DiskStore:
                 for key in keys:
                     if self._cache._sql("DELETE FROM Cache WHERE key = ?", (key,)).rowcount:
                         removed.add(key)
-        except _INDEX_FAILED as error:
+        except (MemoryError, *_INDEX_FAILED) as error:
             self._roll_back()
             log.warning("the KV index of %s cannot be written (%s); the entries' files are deleted", self.folder, error)
         return len(removed)
@@ -362,7 +377,7 @@ class DiskStore:
     def _tidy(self, key: str) -> None:
         """After a write that failed: no half transaction, and no file that the index does not know."""
         self._roll_back()
-        with contextlib.suppress(OSError, sqlite3.Error, CorruptEntry):
+        with contextlib.suppress(*_FAILED, CorruptEntry):
             assert self._cache is not None
             row = self._cache._sql("SELECT filename FROM Cache WHERE key = ?", (key,)).fetchone()
             kept = None if row is None else self._cache.disk.contained(row[0])
@@ -382,12 +397,3 @@ class DiskStore:
         if subject not in self._said:
             self._said.add(subject)
             log.warning("%s", message)
-
-
-def open_entries(folder: Path, limits: StoreSettings) -> DiskStore:
-    """The entries of a store's folder, within its limits."""
-    return DiskStore(folder / "kv", max_bytes=limits.max_bytes, ttl_s=limits.ttl_s, integrity_key=limits.integrity_key)
-
-
-def _is_full(error: Exception) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL

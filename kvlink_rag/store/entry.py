@@ -130,7 +130,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _digest(data: bytes | memoryview, integrity_key: bytes | None) -> bytes:
-    threads = blake3.AUTO if len(data) > 2**20 else 1
-    if integrity_key is not None:
-        return blake3(data, key=integrity_key, max_threads=threads).digest()
-    return blake3(data, max_threads=threads).digest()
+    # on this thread alone: blake3's pool of threads does not outlive a fork, and panics where none can be started
+    return (blake3(data) if integrity_key is None else blake3(data, key=integrity_key)).digest()

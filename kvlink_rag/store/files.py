@@ -68,7 +68,7 @@ class EntryFiles:
                     removed.add(key)
             for shelf in shelves:
                 sync_folder(shelf)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             raise CannotStore(f"an entry of {self.folder} could not be removed: {error}") from error
         return removed
 

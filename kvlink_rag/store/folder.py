@@ -1,4 +1,4 @@
-"""A store's folder: what marks it as ours."""
+"""A store's folder: what marks it as ours, and the entries in it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from kvlink_rag.config import StoreSettings
 from kvlink_rag.errors import NotAStore
+from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kvdisk import publish
+from kvlink_rag.store.place import Place
 
 MANIFEST = "store.json"
 FORMAT = 1
@@ -23,6 +26,8 @@ def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
     about_new = {"kvlink_store": FORMAT, "integrity_key": _key_id(integrity_key)}
     if path.exists() and not path.is_dir():
         raise NotAStore(f"{path} is a file; a store is a folder")
+    if path.exists():
+        Place(path)  # refuses one that others may write
     manifest = path / MANIFEST
     if manifest.exists():
         try:
@@ -47,6 +52,11 @@ def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
     except OSError as error:
         raise NotAStore(f"no store can be made in {path}: {error.strerror}") from error
     return path
+
+
+def open_entries(folder: Path, limits: StoreSettings) -> DiskStore:
+    """The entries of a store's folder, within its limits."""
+    return DiskStore(folder / "kv", max_bytes=limits.max_bytes, ttl_s=limits.ttl_s, integrity_key=limits.integrity_key)
 
 
 def _key_id(integrity_key: bytes | None) -> str:

@@ -67,6 +67,11 @@ def open_index(folder: Path) -> Cache | None:
         raise Damaged(str(error)) from error
 
 
+def is_full(error: Exception) -> bool:
+    """Whether the rows could not be written for want of room."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+
+
 def _patiently(opening: Callable[[], Cache]) -> Cache:
     """Open once nobody holds the index: diskcache's own patience leaves some statements out."""
     ends = time.monotonic() + BUSY_S

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvlink_rag.errors import CorruptEntry
+from kvlink_rag.errors import CannotStore, CorruptEntry
 from kvlink_rag.kv import KV, KVShape, StoredKV
 from kvlink_rag.packing import Precision
 from kvlink_rag.recipe import entry_key
@@ -81,10 +82,10 @@ class KVStore:
 
     def get(self, token_ids: tuple[int, ...]) -> StoredKV | None:
         """The chunk's KV, or None if there is none that can be trusted. It may be shared: read it only."""
-        identity = self._identity(token_ids)
-        kv = self._remembered(identity.key)
-        if kv is None:
-            kv = self._read(identity)
+        kv = None
+        with contextlib.suppress(MemoryError):  # what there is no memory for is not there
+            identity = self._identity(token_ids)
+            kv = self._remembered(identity.key) or self._read(identity)
         if kv is None:
             self.lookups.misses += 1
         else:
@@ -97,8 +98,11 @@ class KVStore:
 
     def put(self, kv: StoredKV) -> int:
         """Store a KV as `at_rest` made it; how many bytes its entry has. Raises CannotStore, StoreFull."""
-        identity = self._identity(kv.token_ids)
-        entry = to_entry(kv, identity, self._shape, self.precision, self._integrity_key)
+        try:
+            identity = self._identity(kv.token_ids)
+            entry = to_entry(kv, identity, self._shape, self.precision, self._integrity_key)
+        except MemoryError as error:
+            raise CannotStore(f"no memory left to write an entry of {kv.nbytes:,} bytes") from error
         self._entries.put(identity.key, entry, self.namespace)
         return len(entry)
 

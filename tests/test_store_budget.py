@@ -1,0 +1,261 @@
+"""The budget of bytes: kept at every moment, by one writer and by many, killed ones too; what was used last stays."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from store_kill_loop import entry_of as big_entry_of
+from store_parts import entry_files, entry_of, identity_of, key_of
+
+from kvlink_rag.errors import StoreFull
+from kvlink_rag.store.disk import DiskStore
+
+
+def test_the_least_recently_used_entries_make_room(tmp_path):
+    """Reading an entry keeps it; the budget holds after every write, and what went is counted."""
+    size = len(entry_of((1,)))
+    store = DiskStore(tmp_path, max_bytes=3 * size + 10)
+    keys = [identity_of((n,)).key for n in range(1, 6)]
+    for n, key in enumerate(keys[:3], 1):
+        store.put(key, entry_of((n,)))
+    assert store.get(keys[0]) is not None
+    for n, key in enumerate(keys[3:], 4):
+        store.put(key, entry_of((n,)))
+        assert sum(path.stat().st_size for path in entry_files(tmp_path)) == store.size_bytes() <= store.max_bytes
+    assert sorted(store.keys()) == sorted([keys[0], *keys[3:]])
+    assert store.counters.evicted == 2
+    store.close()
+
+
+def bytes_in(folder):
+    """All that lies in the folders of entries, unfinished files too."""
+    return sum(path.stat().st_size for path in folder.glob("??/*") if path.is_file())
+
+
+@contextlib.contextmanager
+def sampled(folder):
+    """What the folder holds before and after each call to the system."""
+    sizes = []
+
+    def sampling(real):
+        def call(*args, **options):
+            sizes.append(bytes_in(folder))
+            try:
+                return real(*args, **options)
+            finally:
+                sizes.append(bytes_in(folder))
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "write", "fsync", "rename", "unlink"):
+            patch.setattr(os, name, sampling(getattr(os, name)))
+        yield sizes
+
+
+def test_the_budget_holds_at_every_moment_of_a_write(tmp_path):
+    """G16, G26: looked at before and after each call to the system, the files never hold more than the budget."""
+    size = len(entry_of((1,)))
+    store = DiskStore(tmp_path, max_bytes=3 * size)
+    with sampled(tmp_path) as sizes:
+        for n in range(40):
+            store.put(identity_of((n % 7,)).key, entry_of((n % 7,)))
+    assert len(sizes) > 400 and max(sizes) == store.max_bytes
+    assert store.counters.evicted > 20
+    store.close()
+
+
+LEFTOVERS = """
+import itertools, os, sys
+from pathlib import Path
+from store_faults import die_at
+from store_parts import entry_of, identity_of
+from test_store_budget import bytes_in, sampled
+from kvlink_rag.store.disk import DiskStore
+folder, size = Path(sys.argv[1]), len(entry_of((1,)))
+store = DiskStore(folder, max_bytes=3 * size)
+put = lambda n: store.put(identity_of((n,)).key, entry_of((n,)))
+[put(n) for n in range(3)]
+for tick in itertools.count(1):
+    pid = os.fork()
+    if pid == 0:
+        die_at(tick)
+        put(3 + tick)
+        os._exit(0)
+    was_killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    with sampled(folder) as sizes:
+        put(10_000 + tick)
+    assert max(sizes) <= store.max_bytes and bytes_in(folder) == store.size_bytes(), (tick, max(sizes))
+    if not was_killed:
+        break
+print(tick)
+"""
+
+
+def test_what_a_writer_leaves_that_is_killed_counts_until_it_is_cleared_away(quick_folder):
+    """G16: killed at its n-th call, for each n; whoever writes next, his store open all the time, keeps the budget."""
+    command = [sys.executable, "-c", LEFTOVERS, str(quick_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 20
+
+
+def test_a_use_that_only_memory_saw_counts_too(tmp_path):
+    """Who serves an entry from a copy notes its use, so that the budget does not take it first."""
+    size = len(entry_of((1,)))
+    store = DiskStore(tmp_path, max_bytes=2 * size)
+    keys = [identity_of((n,)).key for n in range(1, 4)]
+    for n, key in enumerate(keys, 1):
+        store.touch(keys[0])
+        store.put(key, entry_of((n,)))
+    assert sorted(store.keys()) == sorted([keys[0], keys[2]])
+    store.close()
+
+
+def test_uses_are_known_after_a_restart(tmp_path):
+    """Last uses are written when the store is closed."""
+    size = len(entry_of((1,)))
+    keys = [identity_of((n,)).key for n in range(1, 4)]
+    store = DiskStore(tmp_path, max_bytes=2 * size)
+    for n, key in enumerate(keys[:2], 1):
+        store.put(key, entry_of((n,)))
+    store.get(keys[0])
+    store.close()
+    store = DiskStore(tmp_path, max_bytes=2 * size)
+    store.put(keys[2], entry_of((3,)))
+    assert sorted(store.keys()) == sorted([keys[0], keys[2]])
+    store.close()
+
+
+def test_reading_writes_nothing(disk):
+    """A thousand reads change no byte of the index: uses are kept in memory."""
+    disk.put(identity_of().key, entry_of())
+    before = (disk.folder / "cache.db").read_bytes()
+    for _ in range(1000):
+        disk.get(identity_of().key)
+    assert (disk.folder / "cache.db").read_bytes() == before
+
+
+def test_an_entry_beyond_the_whole_budget_is_refused_and_nothing_makes_room_for_it(tmp_path):
+    """What can never fit does not empty the store."""
+    store = DiskStore(tmp_path, max_bytes=len(entry_of()))
+    store.put(identity_of().key, entry_of())
+    with pytest.raises(StoreFull, match="beyond the store's budget"):
+        store.put(key_of(1), bytes(len(entry_of()) + 1))
+    assert list(store.keys()) == [identity_of().key] and store.counters.evicted == 0
+    store.close()
+
+
+def test_a_smaller_budget_than_before_is_kept_from_the_next_write_on(tmp_path):
+    """Opening a store with another budget evicts down to it as soon as something is written."""
+    size = len(entry_of((1,)))
+    for n in range(300):
+        path = tmp_path / identity_of((n,)).key[:2] / f"{identity_of((n,)).key}.{n:016x}.kv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(entry_of((n,)))
+    store = DiskStore(tmp_path, max_bytes=5 * size)
+    assert len(list(store.keys())) == 300
+    store.put(identity_of((1,)).key, entry_of((1,)))
+    assert store.size_bytes() == 5 * size == sum(path.stat().st_size for path in entry_files(tmp_path))
+    store.close()
+
+
+WRITER = """
+import os, random, sys
+from pathlib import Path
+from store_kill_loop import entry_of, identity_of
+from kvlink_rag.store.disk import DiskStore
+folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+rng, budget = random.Random(seed), 6 * len(entry_of(0))
+store = DiskStore(folder, max_bytes=budget)
+
+def look():
+    files = [path for path in folder.glob("??/*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= budget, files
+    assert sum(path.suffix == ".tmp" for path in files) <= 1, files
+
+def sampled(real):
+    def call(*args, **options):
+        look()
+        result = real(*args, **options)
+        look()
+        return result
+    return call
+
+for name in ("write", "fsync", "rename", "unlink"):  # each of them is called by who has his turn to write, and no other
+    setattr(os, name, sampled(getattr(os, name)))
+while True:
+    number = rng.randrange(24)
+    if rng.random() < 0.1:
+        store.delete([identity_of(number).key])
+    else:
+        store.put(identity_of(number).key, entry_of(number))
+    sys.stdout.write(".")
+    sys.stdout.flush()
+"""
+
+
+@contextlib.contextmanager
+def writers(folder, first, num):
+    """Processes that write until they are killed, at the latest when this is left; where each tells of its acts."""
+    told, tell = os.pipe()
+    options = {"stdout": tell, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT / "tests"}
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    crew = [subprocess.Popen([*command, str(seed)], **options) for seed in range(first, first + num)]
+    os.close(tell)
+    try:
+        yield [*crew], told
+    finally:
+        for process in crew:
+            process.kill()
+            process.communicate()
+        os.close(told)
+
+
+@contextlib.contextmanager
+def halted(crew):
+    """Nobody does anything meanwhile."""
+    for process in crew:
+        os.kill(process.pid, signal.SIGSTOP)
+        if not os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1]):
+            raise AssertionError(process.stderr.read()[-2000:])
+    yield
+    for process in crew:
+        os.kill(process.pid, signal.SIGCONT)
+
+
+def test_many_writers_some_of_them_killed_never_hold_more_than_the_budget(quick_folder):
+    """G16, G26: looked at by each writer at each of its calls, and from outside whenever all stand still.
+
+    On the disk is what is accounted for, and at most one entry more, that is being written.
+    """
+    folder, rng, one = quick_folder / "kv", random.Random(0), len(big_entry_of(0))
+    DiskStore(folder, max_bytes=6 * one).close()
+    looked = killed = 0
+    for first in (0, 6):
+        with writers(folder, first, 6) as (crew, told):
+            while len(crew) > 1:
+                os.read(told, rng.randrange(1, 12))
+                with halted(crew):
+                    on_disk = bytes_in(folder)
+                    assert on_disk <= 6 * one
+                    index = sqlite3.connect(f"file:{folder}/cache.db?mode=ro", timeout=0, uri=True)
+                    with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(index):  # may be in use
+                        accounted = index.execute("SELECT COALESCE(SUM(size), 0) FROM Cache").fetchone()[0]
+                        assert on_disk <= accounted + one
+                        looked += 1
+                    if rng.random() < 0.1:
+                        crew.pop(rng.randrange(len(crew))).kill()
+                        killed += 1
+    assert looked > 50 and killed == 10
+    store = DiskStore(folder, max_bytes=6 * one)
+    assert bytes_in(folder) == store.size_bytes() and store.verify()[1] == []
+    store.close()
