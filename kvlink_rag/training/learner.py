@@ -72,7 +72,9 @@ class Learner(nn.Module):
 
     def link_tokens(self, name: str) -> LinkTokens:
         """The links as they stand."""
-        embeddings = self.links.detach().to(self.model.dtype).view(self.num_slots, self.num_links, self.model.hidden_size)
+        embeddings = (
+            self.links.detach().to(self.model.dtype).view(self.num_slots, self.num_links, self.model.hidden_size)
+        )
         return LinkTokens(embeddings, name)
 
     def forward(self, steps: Sequence[Step], objective: Callable[..., Tensor]) -> dict[str, Tensor]:
