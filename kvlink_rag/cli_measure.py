@@ -35,6 +35,7 @@ def ttft(
     repeats: Annotated[int, typer.Option(help="Interleaved runs per length.", min=1)] = 5,
     model: Model = DEFAULT_MODEL_NAME,
     links: Links = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="File (.svg) for a plot of the times.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -43,9 +44,15 @@ def ttft(
     from kvlink_rag.evaluation.ttft import run_ttft
 
     lengths = numbers("--contexts", contexts)
+    if plot is not None:
+        from kvlink_rag.evaluation.report import drawing, plot_ttft
+
+        drawing("plotting times")  # said now if it cannot be done, not after minutes
     language_model, link_tokens = linked_model(model, dtype, device, links)
     with progress_bar() as progress:
         rows = run_ttft(language_model, link_tokens, lengths, repeats, progress)
+    if plot is not None:
+        plot_ttft(rows, plot)
     if as_json:
         print(json.dumps(rows))
         return

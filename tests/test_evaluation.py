@@ -14,7 +14,7 @@ from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.agreement import agreement
 from kvlink_rag.evaluation.answers import AnswerRun, Arm, summary
 from kvlink_rag.evaluation.forced import Forcing
-from kvlink_rag.evaluation.report import table, write_report
+from kvlink_rag.evaluation.report import plot_ttft, table, write_report
 from kvlink_rag.evaluation.scores import interval, score, score_summary
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.prompt import build_prompt
@@ -226,6 +226,12 @@ def test_summaries_are_scored_by_rouge(tiny, tmp_path):
     of_news, of_qa, mean = summary(run.rows)
     assert "rouge_l" in of_news and "accuracy" not in of_news and "rouge_l" not in of_qa
     assert mean["accuracy"] == of_qa["accuracy"] and mean["rouge_l"] == of_news["rouge_l"]
+
+
+def test_times_are_plotted_by_context(tmp_path):
+    rows = [{"context_tokens": n, "full_s": n / 500, "linked_s": 0.3, "floor_s": 0.2} for n in (1000, 2000)]
+    text = plot_ttft(rows, tmp_path / "ttft.svg").read_text("utf-8")
+    assert all(f"<!-- {label} -->" in text for label in ("full prefill", "from stored KV", "tokens of context"))
 
 
 def test_a_report_has_figures_a_table_and_plots(tmp_path):

@@ -47,6 +47,35 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     return [*written, *_plots(rows, folder)]
 
 
+def plot_ttft(rows: Sequence[Row], path: Path) -> Path:
+    """Seconds to the first token by tokens of context, as `run_ttft` measured them: stored KV, full prefill, floor."""
+    pyplot = drawing("plotting times")
+    figure, axes = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+    lengths = [row["context_tokens"] for row in rows]
+    for name, label in (
+        ("full_s", "full prefill"),
+        ("linked_s", "from stored KV"),
+        ("floor_s", "floor: question alone"),
+    ):
+        axes.plot(lengths, [row[name] for row in rows], marker="o", ms=3, label=label)
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("seconds to the first token")
+    axes.set_xlim(left=0)
+    return _saved(figure, axes, path)
+
+
+def drawing(what: str) -> Any:
+    """matplotlib, drawing to files. Raises MissingExtra."""
+    try:
+        from matplotlib import use
+    except ImportError as error:
+        raise MissingExtra(what, "eval") from error
+    use("svg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _cell(row: Row, name: str, scale: int) -> str:
     if name not in row:
         return ""
@@ -62,11 +91,7 @@ def _plots(rows: Sequence[Row], folder: Path) -> list[Path]:
     answered = [row for row in rows if row.get("accuracy") is not None]
     if not answered:
         return []
-    try:
-        from matplotlib import use
-    except ImportError as error:
-        raise MissingExtra("plotting an evaluation", "eval") from error
-    use("svg")
+    drawing("plotting an evaluation")
     files = [_bars(answered, folder / "accuracy.svg")]
     for name, title in (("gold", "place of the gold document"), ("num_documents", "documents")):
         if len({row[name] for row in answered if row.get(name)}) > 1:
@@ -75,8 +100,7 @@ def _plots(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _bars(rows: Sequence[Row], path: Path) -> Path:
-    from matplotlib import pyplot
-
+    pyplot = drawing("plotting an evaluation")
     names = list(dict.fromkeys(row["data"] for row in rows))
     arms = list(dict.fromkeys((row["links"], row["linking"]) for row in rows))
     figure, axes = pyplot.subplots(figsize=(max(5, 1.2 * len(names) * len(arms) / 2), 3.6), layout="constrained")
@@ -98,8 +122,7 @@ def _bars(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _course(rows: Sequence[Row], name: str, title: str, path: Path) -> Path:
-    from matplotlib import pyplot
-
+    pyplot = drawing("plotting an evaluation")
     figure, axes = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
     for arm in dict.fromkeys((row["links"], row["linking"]) for row in rows):
         of_arm = [row for row in rows if (row["links"], row["linking"]) == arm and row.get(name)]
