@@ -143,13 +143,13 @@ SABOTAGES = [
     ),
     Sabotage(
         "let safetensors write, which aborts without memory", "store/codec.py",
-        "_payload(tensors, layout), integrity_key)", "__import__('safetensors.torch').torch.save(tensors), integrity_key)",
+        "_payload(tensors, layout), integrity_key)",
+        "__import__('safetensors.torch').torch.save(tensors), integrity_key)",
         ("test_store_unwritable.py", "without_memory"),
     ),
     Sabotage(
         "call damaged what there is no memory to read", "store/disk.py",
-        "            except MemoryError:\n                self._say(\"check\"",
-        "            except MemoryError:\n                self._files.remove([key])\n                self._say(\"check\"",
+        'self._say("check", ', 'self._files.remove([key])\n                self._say("check", ',
         ("test_store_unwritable.py", "without_memory"),
     ),
     Sabotage(
@@ -198,7 +198,22 @@ SABOTAGES = [
     Sabotage(
         "follow links in place of folders", "store/kvdisk.py",
         "        if path.parent.is_symlink():", "        if False:",
-        ("test_store_hostile.py", "guessed"),
+        ("test_store_place.py", "folder_of_entries"),
+    ),
+    Sabotage(
+        "write through second names", "store/place.py",
+        "return stat.S_ISREG(status.st_mode) and status.st_nlink == 1", "return True",
+        ("test_store_place.py", "guessed"),
+    ),
+    Sabotage(
+        "open what others may write", "store/place.py",
+        "if mode & (stat.S_IWGRP | stat.S_IWOTH):", "if False:",
+        ("test_store_place.py", "others_may_write"),
+    ),
+    Sabotage(
+        "follow the name of a folder, not the folder", "store/place.py",
+        "return (status.st_dev, status.st_ino) == self._identity", "return True",
+        ("test_store_place.py", "replaced_by_a_link"),
     ),
     Sabotage(
         "map entry files", "store/kvdisk.py",
