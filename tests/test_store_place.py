@@ -169,7 +169,7 @@ def test_a_link_in_place_of_a_folder_of_entries_is_not_followed(tmp_path):
 
 
 def test_a_folder_replaced_by_a_link_is_neither_read_nor_written(tmp_path):
-    """S4: swapped while it is open; a copy with the same entries is another folder too. Put back, it is served again."""
+    """S4: swapped while it is open; a copy with the same entries is another folder too. Put back, it is used again."""
     store, copy, away = tmp_path / "store", tmp_path / "copy", tmp_path / "away"
     entries, index = opened(store)
     entries.put(KEY, entry_of())
