@@ -168,6 +168,16 @@ SABOTAGES = [
         ("test_store_folder.py", "delete_removes"),
     ),
     Sabotage(
+        "delete what is finished only", "store/files.py",
+        'self.of(key, (".kv", ".tmp"))', "self.of(key)",
+        ("test_deletion.py", "nothing_of_a_deleted"),
+    ),
+    Sabotage(
+        "encode whatever its length", "ingestion.py",
+        "if longest > window else None", "if False else None",
+        ("test_huge_documents.py", "longer_than"),
+    ),
+    Sabotage(
         "leave freed pages as they are", "store/kv_index.py",
         '"sqlite_secure_delete": 1', '"sqlite_secure_delete": 0',
         ("test_store_folder.py", "nothing_of_a_deleted"),

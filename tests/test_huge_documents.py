@@ -1,4 +1,4 @@
-"""Documents beyond any measure: refused before they are tokenised, and below that, work that grows with their length."""
+"""Documents beyond any measure: refused before they are tokenised; below that, work that grows with their length."""
 
 from __future__ import annotations
 
