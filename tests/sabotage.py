@@ -37,7 +37,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "ignore the integrity key", "store/entry.py",
-        "if integrity_key is not None:", "if False:",
+        "blake3(data, key=integrity_key)", "blake3(data)",
         ("test_store_entries.py", "integrity_key"),
     ),
     Sabotage(
@@ -282,7 +282,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "keep to oneself what went wrong", "compute.py",
-        "self._error = error  # handed over to the waiting thread", "pass",
+        "            self._error = error\n", "            pass\n",
         ("test_single_flight.py", "first_fails"),
     ),
     Sabotage(

@@ -15,7 +15,7 @@ PACKAGE = Path(kvlink_rag.__file__).parent
 # Lower layers first; a module may import from layers below its own, never beside or above.
 LAYERS = [
     ["errors"],
-    ["config", "types"],
+    ["config", "types", "store.counters", "store.place"],
     [
         "adapters",
         "attention",
@@ -44,10 +44,10 @@ LAYERS = [
         "training.lessons",
     ],
     ["embedder", "model", "store.codec", "store.kvdisk", "store.memory"],
-    ["encoding", "links", "index", "store.kv_store", "store.files", "store.folder", "store.namespaces"],
+    ["encoding", "links", "index", "store.kv_store", "store.files", "store.namespaces"],
     ["store.kv_index"],
     ["store.disk"],
-    ["joining", "generation", "ingestion", "kv_source", "maintenance"],
+    ["joining", "generation", "ingestion", "kv_source", "maintenance", "store.folder"],
     [
         "linking.full",
         "linking.plain",
