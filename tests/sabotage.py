@@ -213,7 +213,7 @@ SABOTAGES = [
     Sabotage(
         "write through second names", "store/place.py",
         "return stat.S_ISREG(status.st_mode) and status.st_nlink == 1", "return True",
-        ("test_store_place.py", "guessed"),
+        ("test_store_place.py", "guessed and second_name"),
     ),
     Sabotage(
         "open what others may write", "store/place.py",
