@@ -63,7 +63,8 @@ class VectorIndex:
         self._lock = threading.RLock()
         database = self._folder / "index.sqlite"
         try:
-            self._place = Place(self._folder)
+            endings = ("sqlite", "sqlite-journal", "sqlite-wal", "sqlite-shm", "faiss")
+            self._place = Place(self._folder, *(f"index.{ending}" for ending in endings))
             if not database.exists():  # nobody else may read texts: made private before SQLite makes it otherwise
                 os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
         except OSError as error:

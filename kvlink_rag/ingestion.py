@@ -115,8 +115,12 @@ class Ingestion:
             vector = np.asarray(vectors.get(chunk_id, ()), dtype=np.float32)
             digest = self._digest(document, f"one chunk {vector.tobytes().hex()}")
             chunk = Chunk(chunk_text(text, None), chunk_id, 0, document.metadata)
-            works.append(self._prepare_one(document, chunk_id, digest, partial(list, (chunk,))))
-            works[-1].vector = vector
+            work = self._prepare_one(document, chunk_id, digest, partial(list, (chunk,)))
+            if problem := self._beyond_window(work):
+                skipped.append(Skipped(chunk_id, problem))
+                continue
+            work.vector = vector
+            works.append(work)
         return self._finish(works, skipped, encode, None, progress or (lambda stage, done, total: None), started)
 
     def _check(self, encode: str) -> float:
@@ -177,7 +181,11 @@ class Ingestion:
             digest = self._digest(item, repr(self._chunking))
             document_id = item.id or f"text-{digest[:16]}"
             cut = partial(split, item, document_id, self._count, self._chunking)
-            works[document_id] = self._prepare_one(item, document_id, digest, cut)
+            work = self._prepare_one(item, document_id, digest, cut)
+            if problem := self._beyond_window(work):
+                skipped.append(Skipped(document_id, problem))
+                continue
+            works[document_id] = work
             report("reading", number, 0)
         return list(works.values()), skipped
 
@@ -186,12 +194,17 @@ class Ingestion:
         if not document.text.strip():
             return "holds no text"
         try:
-            size = len(document.text.encode())
-            (document.title or "").encode()
+            size = len(document.text.encode()) + len((document.title or "").encode())
         except UnicodeEncodeError:
             return "holds characters that are no valid Unicode (lone surrogates)"
         limit = self._limits.max_document_bytes
         return f"{size:,} bytes, the limit is {limit:,}; split it or raise max_document_bytes" if size > limit else None
+
+    def _beyond_window(self, work: _Work) -> str | None:
+        """Why a document's chunks cannot be encoded, or None."""
+        window = self._encoder.model.max_positions - len(self._encoder.prefix_ids)
+        longest = max((c.num_tokens for c in work.chunks), default=0)
+        return f"a chunk of {longest:,} tokens, the model's window has {window:,}; cut it" if longest > window else None
 
     def _prepare_one(self, document: Document, document_id: str, digest: str, cut: Callable[[], list[Chunk]]) -> _Work:
         work = _Work(document, document_id, digest, self._index.document_digest(document_id) == digest)

@@ -37,7 +37,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "ignore the integrity key", "store/entry.py",
-        "if integrity_key is not None:", "if False:",
+        "blake3(data, key=integrity_key)", "blake3(data)",
         ("test_store_entries.py", "integrity_key"),
     ),
     Sabotage(
@@ -143,13 +143,13 @@ SABOTAGES = [
     ),
     Sabotage(
         "let safetensors write, which aborts without memory", "store/codec.py",
-        "_payload(tensors, layout), integrity_key)", "__import__('safetensors.torch').torch.save(tensors), integrity_key)",
+        "_payload(tensors, layout), integrity_key)",
+        "__import__('safetensors.torch').torch.save(tensors), integrity_key)",
         ("test_store_unwritable.py", "without_memory"),
     ),
     Sabotage(
         "call damaged what there is no memory to read", "store/disk.py",
-        "            except MemoryError:\n                self._say(\"check\"",
-        "            except MemoryError:\n                self._files.remove([key])\n                self._say(\"check\"",
+        'self._say("check", ', 'self._files.remove([key])\n                self._say("check", ',
         ("test_store_unwritable.py", "without_memory"),
     ),
     Sabotage(
@@ -166,6 +166,16 @@ SABOTAGES = [
         "delete rows only", "store/files.py",
         "                    path.unlink(missing_ok=True)\n", "",
         ("test_store_folder.py", "delete_removes"),
+    ),
+    Sabotage(
+        "delete what is finished only", "store/files.py",
+        'self.of(key, (".kv", ".tmp"))', "self.of(key)",
+        ("test_deletion.py", "nothing_of_a_deleted"),
+    ),
+    Sabotage(
+        "encode whatever its length", "ingestion.py",
+        "if longest > window else None", "if False else None",
+        ("test_huge_documents.py", "longer_than"),
     ),
     Sabotage(
         "leave freed pages as they are", "store/kv_index.py",
@@ -198,7 +208,22 @@ SABOTAGES = [
     Sabotage(
         "follow links in place of folders", "store/kvdisk.py",
         "        if path.parent.is_symlink():", "        if False:",
-        ("test_store_hostile.py", "guessed"),
+        ("test_store_place.py", "folder_of_entries"),
+    ),
+    Sabotage(
+        "write through second names", "store/place.py",
+        "return stat.S_ISREG(status.st_mode) and status.st_nlink == 1", "return True",
+        ("test_store_place.py", "guessed and second_name"),
+    ),
+    Sabotage(
+        "open what others may write", "store/place.py",
+        "if mode & (stat.S_IWGRP | stat.S_IWOTH):", "if False:",
+        ("test_store_place.py", "others_may_write"),
+    ),
+    Sabotage(
+        "follow the name of a folder, not the folder", "store/place.py",
+        "return (status.st_dev, status.st_ino) == self._identity", "return True",
+        ("test_store_place.py", "replaced_by_a_link"),
     ),
     Sabotage(
         "map entry files", "store/kvdisk.py",
@@ -257,7 +282,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "keep to oneself what went wrong", "compute.py",
-        "self._error = error  # handed over to the waiting thread", "pass",
+        "            self._error = error\n", "            pass\n",
         ("test_single_flight.py", "first_fails"),
     ),
     Sabotage(

@@ -16,7 +16,7 @@ from store_parts import (
     key_of,
 )
 
-from kvlink_rag.errors import CannotStore, NotAStore
+from kvlink_rag.errors import CannotStore
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.lock import writer_lock
 
@@ -260,15 +260,6 @@ def test_nothing_of_a_deleted_entry_is_left_in_the_folder(tmp_path):
     assert kept.encode() in everything
     assert [key for key in gone if key.encode() in everything] == []
     assert len(entry_files(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
-def test_a_folder_that_others_may_write_is_refused(tmp_path, mode):
-    """Whoever may write there could put entries in place of ours."""
-    (tmp_path / "kv").mkdir()
-    (tmp_path / "kv").chmod(mode)
-    with pytest.raises(NotAStore, match="chmod"):
-        DiskStore(tmp_path / "kv", max_bytes=ROOM)
 
 
 def test_what_is_written_anew_is_not_quarantined_for_what_was_read_before(disk):

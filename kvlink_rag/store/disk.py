@@ -22,7 +22,7 @@ from kvlink_rag.store.counters import Counters
 from kvlink_rag.store.entry import verify
 from kvlink_rag.store.files import EntryFiles
 from kvlink_rag.store.kv_index import (
-    DATABASE,
+    FILES,
     IS_OURS,
     Damaged,
     create_private,
@@ -31,6 +31,7 @@ from kvlink_rag.store.kv_index import (
     open_index,
     reconcile,
 )
+from kvlink_rag.store.kvdisk import open_entry_file
 from kvlink_rag.store.lock import NO_FORK, WAIT_S, writer_lock
 from kvlink_rag.store.place import Place
 
@@ -79,8 +80,8 @@ class DiskStore:
     def _open(self) -> Cache | None:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._place = Place(self.folder)
-            is_new = create_private(self.folder / DATABASE)
+            self._place = Place(self.folder, "lock", *FILES)
+            is_new = create_private(self.folder)
         except OSError as error:
             if error.errno in _READ_ONLY and self.folder.is_dir():
                 log.warning("%s cannot be written: stored KV is served, nothing is added", self.folder)
@@ -167,7 +168,7 @@ class DiskStore:
         path = self._row_or_file(key)
         if path is None or not hasattr(os, "posix_fadvise"):
             return
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        with contextlib.suppress(OSError, CorruptEntry), open_entry_file(path) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def keys(self, tag: str | None = None) -> Iterator[str]:

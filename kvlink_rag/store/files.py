@@ -34,7 +34,7 @@ class EntryFiles:
                 namespace = ""
             yield path.name[:64], namespace, path.lstat().st_size
 
-    def of(self, key: str) -> list[Path]:
+    def of(self, key: str, endings: tuple[str, ...] = (".kv",)) -> list[Path]:
         """All files of one key; a folder in the place of one is nothing that could be read or removed."""
         shelf = self.folder / key[:2]
         if not is_key(key) or not shelf.is_dir() or shelf.is_symlink():
@@ -42,7 +42,9 @@ class EntryFiles:
         return [
             shelf / file.name
             for file in os.scandir(shelf)
-            if file.name.startswith(f"{key}.") and file.name.endswith(".kv") and not file.is_dir(follow_symlinks=False)
+            if file.name.startswith(f"{key}.")
+            and file.name.endswith(endings)
+            and not file.is_dir(follow_symlinks=False)
         ]
 
     def find(self, key: str) -> Path | None:
@@ -58,14 +60,18 @@ class EntryFiles:
             return None
 
     def remove(self, keys: Iterable[str]) -> set[str]:
-        """Delete all files of these keys, for good when this returns; the keys that had any. Raises CannotStore."""
+        """Delete all files of these keys, unfinished ones too, for good when this returns; the keys that had any.
+
+        Raises CannotStore.
+        """
         removed, shelves = set(), set()
         try:
             for key in keys:
-                for path in self.of(key):
+                for path in self.of(key, (".kv", ".tmp")):
                     path.unlink(missing_ok=True)
                     shelves.add(path.parent)
-                    removed.add(key)
+                    if path.suffix == ".kv":
+                        removed.add(key)
             for shelf in shelves:
                 sync_folder(shelf)
         except (OSError, MemoryError) as error:

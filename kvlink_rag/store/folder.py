@@ -11,6 +11,7 @@ from kvlink_rag.config import StoreSettings
 from kvlink_rag.errors import NotAStore
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kvdisk import publish
+from kvlink_rag.store.namespaces import SECRET
 from kvlink_rag.store.place import Place
 
 MANIFEST = "store.json"
@@ -27,7 +28,7 @@ def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
     if path.exists() and not path.is_dir():
         raise NotAStore(f"{path} is a file; a store is a folder")
     if path.exists():
-        Place(path)  # refuses one that others may write
+        Place(path, MANIFEST, SECRET, "namespaces.lock")
     manifest = path / MANIFEST
     if manifest.exists():
         try:

@@ -23,6 +23,7 @@ from kvlink_rag.store.kvdisk import MODE_BINARY, KVDisk, key_of_file, sync_folde
 
 log = logging.getLogger(__name__)
 DATABASE = "cache.db"
+FILES = tuple(DATABASE + end for end in ("", "-journal", "-wal", "-shm"))  # SQLite's
 BUSY_S = 60.0  # how long to wait for another process that holds the index
 SETTINGS: dict[str, Any] = {
     "disk_min_file_size": 0,
@@ -108,13 +109,13 @@ def new_index(folder: Path) -> Cache | None:
     """Rows without any, in place of what lies there."""
     for path in folder.glob(f"{DATABASE}*"):
         path.unlink()
-    create_private(folder / DATABASE)
+    create_private(folder)
     return open_index(folder)
 
 
-def create_private(path: Path) -> bool:
-    """Make a file that nobody else may read, unless there is one; whether it is empty."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+def create_private(folder: Path) -> bool:
+    """Make the rows' file, that nobody else may read, unless there is one; whether it is empty."""
+    descriptor = os.open(folder / DATABASE, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         return os.fstat(descriptor).st_size == 0
     finally:

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,19 @@ def publish(path: Path, data: bytes) -> None:
 
 
 def open_entry_file(path: Path) -> FileIO:
-    """An entry file for reading; symlinks are not followed, pipes not waited for. Raises OSError."""
+    """An entry file for reading; symlinks are not followed, pipes not waited for. Raises OSError, CorruptEntry."""
     descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptEntry("it is no plain file")
     return open(descriptor, "rb", buffering=0)
 
 
 def read_entry_file(path: Path) -> memoryview:
-    """The file's bytes in a buffer of our own: one mapped from a file that shrinks would kill us. Raises OSError."""
+    """The file's bytes in a buffer of our own: one mapped from a file that shrinks would kill us.
+
+    Raises OSError, CorruptEntry.
+    """
     with open_entry_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         view = np.empty(size, dtype=np.uint8).data  # unlike a bytearray, not zeroed first

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvlink_rag.errors import CannotStore
+from kvlink_rag.store.place import is_plain
 
 try:
     import fcntl
@@ -55,6 +56,8 @@ def writer_lock(path: Path, wait_s: float = WAIT_S) -> Iterator[bool]:
         raise CannotStore(f"{path} cannot be opened, so nothing is written: {error.strerror}") from error
     pid = os.getpid()  # a child that is born in between has no part in it
     try:
+        if not is_plain(os.fstat(descriptor)):
+            raise CannotStore(f"{path} is a link, or no file, so nothing is written; remove it")
         _acquire(descriptor, path, wait_s)
         try:
             yield _mark(descriptor, _AT_WORK)
