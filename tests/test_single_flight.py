@@ -98,6 +98,7 @@ store.put(sys.argv[2], b"half an entry" * 1000)
 """
 
 
+@pytest.mark.endurance
 def test_a_process_killed_while_it_stores_holds_nobody_up(cold, encoded):
     """G23: it dies with its turn to write and half an entry; who waits for the turn stores his own and answers."""
     expected = cold.ask("How many?", max_new_tokens=1, reuse=False).text

@@ -100,6 +100,7 @@ print(tick)
 """
 
 
+@pytest.mark.endurance
 def test_what_a_writer_leaves_that_is_killed_counts_until_it_is_cleared_away(quick_folder):
     """G16: killed at its n-th call, for each n; whoever writes next, his store open all the time, keeps the budget."""
     command = [sys.executable, "-c", LEFTOVERS, str(quick_folder)]
@@ -232,6 +233,7 @@ def halted(crew):
         os.kill(process.pid, signal.SIGCONT)
 
 
+@pytest.mark.endurance
 def test_many_writers_some_of_them_killed_never_hold_more_than_the_budget(quick_folder):
     """G16, G26: looked at by each writer at each of its calls, and from outside whenever all stand still.
 

@@ -239,6 +239,7 @@ print(events, file=sys.stderr)
 """
 
 
+@pytest.mark.endurance
 def test_a_hundred_thousand_hostile_loads_run_nothing(tmp_path):
     """S1: changed entries, headers under a digest that holds, rows and keys full of pickles: an audit hook watches."""
     command = [sys.executable, "-c", LOADS, str(tmp_path)]

@@ -280,6 +280,7 @@ print(missed, refused)
 """
 
 
+@pytest.mark.endurance
 def test_a_process_without_memory_loses_nothing_and_is_told(tmp_path):
     """G25: with more and more memory, reads are misses and writes refused, until they succeed; nothing is dropped."""
     command = [sys.executable, "-c", NO_MEMORY, str(tmp_path / "kv")]
