@@ -10,6 +10,8 @@ from kvlink_rag.config import StoreSettings
 from kvlink_rag.store.entry import split_entry
 from kvlink_rag.types import Document
 
+pytestmark = pytest.mark.endurance
+
 CANARY = "xylophone-7391"
 SECRET = Document(
     f"The {CANARY} hangs in the mill.", id=f"id-{CANARY}", title=f"On the {CANARY}", metadata={"of": CANARY}
