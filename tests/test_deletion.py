@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 from store_parts import entry_files
 
 from kvlink_rag.config import StoreSettings
