@@ -9,7 +9,7 @@ STRESS_FOLDER ?= $(firstword $(wildcard /dev/shm) /tmp)
 RIVALS := hugging-face vllm kvboost mellea
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
-.PHONY: install demo test endurance fix check bench rivals docs sabotage stress fuzz load
+.PHONY: install demo test $(INTEGRATIONS:%=test-%) endurance fix check bench rivals docs sabotage stress fuzz load
 
 install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
 
@@ -27,7 +27,10 @@ demo: install  ## add the sample corpus, ask three questions
 test: export OMP_NUM_THREADS = 1
 test: install  ## JOBS processes, each on one thread
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not endurance"
-	for folder in $(INTEGRATIONS); do (cd $$folder && $(abspath $(BIN))/pytest -n $(JOBS) --dist worksteal) || exit 1; done
+	$(MAKE) --no-print-directory --jobs $(JOBS) --output-sync=target $(INTEGRATIONS:%=test-%)
+
+$(INTEGRATIONS:%=test-%): test-%:
+	cd $* && $(abspath $(BIN))/pytest
 
 endurance: install  ## the tests of the store that take long: faults, killed and many processes, at full count
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m endurance
