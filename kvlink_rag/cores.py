@@ -1,8 +1,8 @@
 """Tensor work that keeps to one core: several pieces at once, each on its own.
 
 Small forwards do not divide well: while one is spread over two cores, both wait for the interpreter between its
-operations. Two forwards side by side, each on one core, take about three fifths of the time; and what one core computes does
-not depend on how many there are.
+operations. Two forwards side by side, each on one core, take about three fifths of the time; and what one core computes
+does not depend on how many there are.
 """
 
 from __future__ import annotations
