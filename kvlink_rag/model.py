@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
-from kvlink_rag import adapters, attention, probe
+from kvlink_rag import adapters, attention, probe, products
 from kvlink_rag.compute import compute
 from kvlink_rag.context import ChunkLayer, ContextBuffers
 from kvlink_rag.default_models import DEFAULT_MODEL, GGUF_DIGEST, cache_folder, default_model_folder
@@ -71,6 +71,8 @@ class LanguageModel:
             attention.register()
             for weights_of in (self.hf, self.reader):
                 weights_of.set_attn_implementation(attention.GROUPED_SDPA)
+        for weights_of in (self.hf, self.reader):
+            products.prepare(weights_of)
         proof = probe.prove(hf, self._probe_forward)
         self.rope = proof.rope
         self.num_layers = proof.rope.num_layers

@@ -19,6 +19,7 @@ LAYERS = [
     [
         "adapters",
         "attention",
+        "products",
         "compute",
         "cores",
         "kv",

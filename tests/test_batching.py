@@ -6,10 +6,11 @@ import threading
 import time
 
 import pytest
+import torch
 from tiny_models import build
 
 from kvlink_rag import Document
-from kvlink_rag.batching import Batch
+from kvlink_rag.batching import NUM_ROWS, Batch
 from kvlink_rag.compute import compute
 
 DOCUMENTS = [Document(f"Tower {n} stands on hill {n * 7}; its keeper is K{n}.", id=str(n)) for n in range(8)]
@@ -55,6 +56,16 @@ def test_an_answer_does_not_depend_on_its_company(family, open_rag):
         assert [a.tokens.generated for a in together] == [a.tokens.generated for a in expected]
         assert [a.finish_reason for a in together] == [a.finish_reason for a in expected]
     assert len({a.text for a in expected}) >= 5  # the questions are not all answered alike
+
+
+@pytest.mark.parametrize(("family", "width"), [("llama", NUM_ROWS), ("gemma3-window", NUM_ROWS), ("mixtral", 1)])
+def test_only_a_model_whose_rows_do_not_touch_each_other_shares_products(family, width):
+    """Experts share out the rows: how many of them get the same expert decides how each is rounded."""
+    assert Batch(build(family)).width == width
+
+
+def test_rows_of_the_default_model_are_the_same_to_the_last_bit_in_any_company(smollm):
+    assert Batch(smollm).width == (NUM_ROWS if smollm.dtype == torch.float32 else 1)
 
 
 def test_an_answer_that_fails_takes_no_other_with_it(rag):

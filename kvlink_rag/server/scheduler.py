@@ -63,7 +63,8 @@ class Scheduler:
     """Gives questions their turn. `submit` and `follow` belong to the event loop, the turns to the compute thread."""
 
     def __init__(self, model: LanguageModel, settings: ServerSettings, metrics: Metrics):
-        self._batch, self._settings, self._metrics = Batch(model), settings, metrics
+        self._batch = compute.run(lambda job: Batch(model))
+        self._settings, self._metrics = settings, metrics
         self._waiting: deque[Ticket] = deque()
         self._guard = threading.Lock()
         self._is_turning = False
