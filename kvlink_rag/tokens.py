@@ -6,6 +6,7 @@ document or a question stay plain text, so no document can open a turn or forge 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -32,12 +33,7 @@ class TextTokenizer:
         self.control_ids = frozenset(
             token_id for token_id, token in added.items() if token.special or str(token.content).strip()
         )
-        spec = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
-        parts = {name: json.dumps(part, sort_keys=True) for name, part in spec.items()}  # the vocabulary once, for both
-        self.digest = hashlib.sha256(_json_object(parts).encode()).hexdigest()
-        kept = [token for token in spec.get("added_tokens", []) if token["id"] not in self.control_ids]
-        without_control = {**parts, "added_tokens": json.dumps(kept), "post_processor": "null"}
-        self._plain = Tokenizer.from_str(_json_object(without_control))
+        self.digest, self._plain = _digest_and_plain(backend.to_str(), self.control_ids)
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
@@ -92,6 +88,17 @@ class TokenDecoder:
 
     def step(self, token_id: int) -> str:
         return self._stream.step(self._backend, token_id) or ""
+
+
+@functools.lru_cache(maxsize=2)
+def _digest_and_plain(backend: str, control_ids: frozenset[int]) -> tuple[str, Tokenizer]:
+    """Digest of a tokenizer's JSON, and that tokenizer without control tokens; seconds long for big vocabularies."""
+    spec = {**json.loads(backend), "truncation": None, "padding": None}
+    parts = {name: json.dumps(part, sort_keys=True) for name, part in spec.items()}  # the vocabulary once, for both
+    kept = [token for token in spec.get("added_tokens", []) if token["id"] not in control_ids]
+    without_control = {**parts, "added_tokens": json.dumps(kept), "post_processor": "null"}
+    digest = hashlib.sha256(_json_object(parts).encode()).hexdigest()
+    return digest, Tokenizer.from_str(_json_object(without_control))
 
 
 def _json_object(parts: Mapping[str, str]) -> str:

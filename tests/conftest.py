@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -33,6 +34,28 @@ def smollm():
     from kvlink_rag import LanguageModel
 
     return LanguageModel.load()
+
+
+@pytest.fixture(scope="session")
+def _loads():
+    """The last two ways in which the default model was loaded, and what that gave."""
+    from kvlink_rag import LanguageModel
+
+    return functools.lru_cache(maxsize=2)(LanguageModel.load)
+
+
+@pytest.fixture
+def loaded_once(_loads, monkeypatch):
+    """Within a test that opens stores again and again, the default model is read once; others as ever."""
+    from kvlink_rag import LanguageModel
+    from kvlink_rag.default_models import DEFAULT_MODEL
+
+    load = LanguageModel.load
+
+    def load_(model=DEFAULT_MODEL, **options):
+        return _loads(model, **options) if model == DEFAULT_MODEL else load(model, **options)
+
+    monkeypatch.setattr(LanguageModel, "load", load_)
 
 
 def excerpt(name, folder, *paragraphs):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, excerpt
+from tiny_models import build_hf, byte_tokenizer
 
 from kvlink_rag import cli
 
@@ -19,8 +20,8 @@ KVLINK = [sys.executable, "-m", "kvlink_rag.cli"]
 
 
 @pytest.fixture
-def kvlink(monkeypatch, capsys):
-    """Runs the command in this process; gives exit code, stdout and stderr."""
+def kvlink(loaded_once, monkeypatch, capsys):
+    """Runs the command in this process, which reads the default model once; gives exit code, stdout and stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["kvlink", *map(str, arguments)])
@@ -160,17 +161,17 @@ def test_ctrl_c_in_the_middle_of_add_loses_nothing(kvlink, tmp_path):
     as_in_a_terminal = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import kvlink_rag.cli as c; c.main()"
     )
-    paths = [str(CORPUS / name) for name in ("lighthouse.md", "shipyard.md", "ferry-company.md", "museum.md")]
+    paths = [str(excerpt(path.name, tmp_path, 1)) for path in sorted(CORPUS.glob("*.md"))[:12]]
     command = [sys.executable, "-c", as_in_a_terminal, "add", *paths, "--store", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while len(list(folder.glob("kv/??/*.kv"))) < 5 and process.poll() is None:
+    while len(list(folder.glob("kv/??/*.kv"))) < 3 and process.poll() is None:
         time.sleep(0.01)  # until it is well under way
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 1 and "Run the same command again" in err
     code, out, _ = kvlink("add", *paths, "--store", folder, "--json")
     report = json.loads(out)
-    assert code == 0 and 0 < report["encoded_chunks"] <= report["chunks"] - 5
+    assert code == 0 and 0 < report["encoded_chunks"] <= report["chunks"] - 3
     assert json.loads(kvlink("store", "stats", "--store", folder, "--json")[1])["entries"] == report["chunks"]
 
 
@@ -192,12 +193,15 @@ def test_eval_reads_questions_and_names_a_bad_line(kvlink, tmp_path):
     assert code == 1 and f"{path}:2" in err.replace("\n", "")
 
 
-def test_train_writes_a_checkpoint_and_says_how_to_use_it(kvlink, tmp_path):
-    from tiny_models import build_hf, byte_tokenizer
+def tiny_folder(folder):
+    """A tiny random model, saved."""
+    build_hf("llama").save_pretrained(folder / "tiny")
+    byte_tokenizer().save_pretrained(folder / "tiny")
+    return folder / "tiny"
 
-    base, data, out = tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "out"
-    build_hf("llama").save_pretrained(base)
-    byte_tokenizer().save_pretrained(base)
+
+def test_train_writes_a_checkpoint_and_says_how_to_use_it(kvlink, tmp_path):
+    base, data, out = tiny_folder(tmp_path), tmp_path / "data.jsonl", tmp_path / "out"
     row = {"question": "Where?", "answers": ["here"], "documents": [{"text": "It is here.", "is_gold": True}]}
     data.write_text(json.dumps(row) + "\n", "utf-8")
     options = ("--model", base, "--steps", 2, "--batch", 1, "--min-docs", 1, "--out", out)
@@ -239,14 +243,14 @@ def test_help_is_there_for_every_command(kvlink):
         assert code == 0 and "Usage: kvlink" in out
 
 
-def test_check_fails_with_its_own_exit_code(kvlink):
+def test_check_fails_with_its_own_exit_code(kvlink, tmp_path):
     """Chunks that were never moved do not pass; the figures are printed all the same."""
-    few = ["--questions", 2, "--repeats", 1, "--contexts", "200,260"]
+    few = ["--questions", 2, "--repeats", 1, "--contexts", "1200,1400", "--model", tiny_folder(tmp_path)]
     code, out, err = kvlink("check", "--linking", "fixed_positions", *few, "--json")
     found = json.loads(out)
     assert code == 3 and not found["safe"] and "fixed_positions differs too much" in err
     assert {row["linking"] for row in found["linkings"]} == {"fixed_positions", "plain", "recompute_first"}
-    assert found["exactness"]["top1"] == 1.0 and len(found["full_ttft_s"]) == 2 and found["lengths"] == [200, 260]
+    assert found["exactness"]["top1"] == 1.0 and len(found["full_ttft_s"]) == 2 and found["lengths"] == [1200, 1400]
 
 
 def test_check_says_what_it_cannot_check(kvlink, tmp_path):

@@ -186,18 +186,21 @@ def test_in_its_own_precision_the_default_model_agrees_with_the_masked_forward(s
     """First answer token of 50 real prompts over the sample corpus: at least 98 % the same (bfloat16 where native)."""
     encoder, links = Encoder(smollm), LinkTokens.untrained(smollm)
     lines = (ROOT / "examples" / "questions.jsonl").read_text("utf-8").splitlines()[:50]
+    chunk_of = {
+        path.name: encoder.token_ids(path.read_text("utf-8")[:80])
+        for path in sorted((ROOT / "examples" / "corpus").glob("*.md"))
+    }
+    others = list(chunk_of.values())
+    kv_of = {others[number]: kv for number, kv in encoder.encode(others)}
     agreed, prefix_kv = 0, None
     for number, line in enumerate(lines):
         row = json.loads(line)
-        other = sorted((ROOT / "examples" / "corpus").glob("*.md"))[number % 30]
-        paths = [other, ROOT / "examples" / "corpus" / row["document"]]
-        chunks = [encoder.token_ids(path.read_text("utf-8")[:80]) for path in paths]
+        chunks = [others[number % len(others)], chunk_of[row["document"]]]
         messages = [{"role": "user", "content": row["question"]}]
         prompt = build_prompt(smollm.tokenizer, messages, chunks, system=DEFAULT_SYSTEM)
-        kvs = dict(encoder.encode(prompt.chunk_ids))
         prefix_kv = prefix_kv or encoder.encode_alone(prompt.prefix_ids)
         assert prefix_kv.token_ids == prompt.prefix_ids
-        request = LinkRequest(smollm, prompt, prefix_kv, [kvs[i] for i in range(2)], links, 2)
+        request = LinkRequest(smollm, prompt, prefix_kv, [kv_of[ids] for ids in prompt.chunk_ids], links, 2)
         record = generate(
             smollm, get_linking("link_tokens").link(request), GenerationSettings(max_new_tokens=1), lambda text: None
         )

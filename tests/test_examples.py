@@ -32,7 +32,7 @@ def run(examples, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_one_line_swap_answers_from_stored_kv(name, run):
+def test_a_one_line_swap_answers_from_stored_kv(name, run, loaded_once):
     assert len((ROOT / "examples" / f"{name}.py").read_text("utf-8").splitlines()) <= 40
     out = run(name)
     reused = [int(a or b) for a, b in re.findall(r"reused (\d+) tokens|(\d+) tokens reused", out)]
@@ -57,7 +57,7 @@ def test_links_are_trained_on_a_store_without_labels(run):
         ("own_model", r"proven movable(.|\n)*[1-9]\d* tokens reused; the same answer read afresh: True"),
     ],
 )
-def test_an_example_runs_as_it_stands(name, says, run, monkeypatch):
+def test_an_example_runs_as_it_stands(name, says, run, loaded_once, monkeypatch):
     lines = iter(["What is the fog horn of the lighthouse called?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     assert len((ROOT / "examples" / f"{name}.py").read_text("utf-8").splitlines()) <= 60
