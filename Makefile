@@ -33,7 +33,7 @@ test: install  ## JOBS processes, each on one thread
 $(INTEGRATIONS:%=test-%): test-%:
 	cd $* && $(abspath $(BIN))/pytest
 
-endurance: install  ## the tests of the store that take long: faults, killed and many processes, at full count
+endurance: install  ## the tests that take long: the store under faults, kills and many processes, the server under schemathesis
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m endurance
 
 fix: install

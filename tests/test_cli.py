@@ -13,10 +13,9 @@ import pytest
 from conftest import ROOT, excerpt
 from tiny_models import build_hf, byte_tokenizer
 
-from kvlink_rag import cli
+from kvlink_rag import KVLinkRAG, cli
 
 CORPUS = ROOT / "examples" / "corpus"
-KVLINK = [sys.executable, "-m", "kvlink_rag.cli"]
 
 
 @pytest.fixture
@@ -37,22 +36,13 @@ def kvlink(loaded_once, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store of three documents, made by the command itself."""
-    folder = tmp_path_factory.mktemp("cli") / "store"
-    texts = tmp_path_factory.mktemp("texts")
-    paths = [
-        str(excerpt(*about))
-        for about in (("lighthouse.md", texts, 1, 4), ("bakery.md", texts, 1), ("tram-line.md", texts, 1))
-    ]
-    result = subprocess.run(
-        [*KVLINK, "add", *paths, "--store", str(folder), "--json"], capture_output=True, text=True, check=True
-    )
-    assert set(json.loads(result.stdout)) >= {
-        "documents", "chunks", "tokens", "encoded_chunks", "reused_chunks", "skipped_files", "bytes", "seconds",
-        "tokens_per_s",
-    }  # fmt: skip
-    assert "MiB" in result.stderr  # what it will cost is said first
+def store(smollm, embedder, tmp_path_factory):
+    """A store of three documents."""
+    folder, texts = tmp_path_factory.mktemp("cli") / "store", tmp_path_factory.mktemp("texts")
+    with KVLinkRAG(smollm, embedder, folder) as rag:
+        rag.add(
+            excerpt("lighthouse.md", texts, 1, 4), excerpt("bakery.md", texts, 1), excerpt("tram-line.md", texts, 1)
+        )
     return folder
 
 
@@ -169,8 +159,13 @@ def test_ctrl_c_in_the_middle_of_add_loses_nothing(kvlink, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 1 and "Run the same command again" in err
-    code, out, _ = kvlink("add", *paths, "--store", folder, "--json")
+    code, out, err = kvlink("add", *paths, "--store", folder, "--json")
     report = json.loads(out)
+    assert report.keys() >= {
+        "documents", "chunks", "tokens", "encoded_chunks", "reused_chunks", "skipped_files", "bytes", "seconds",
+        "tokens_per_s",
+    }  # fmt: skip
+    assert "MiB" in err  # what it will cost is said first
     assert code == 0 and 0 < report["encoded_chunks"] <= report["chunks"] - 3
     assert json.loads(kvlink("store", "stats", "--store", folder, "--json")[1])["entries"] == report["chunks"]
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from serving import live
 
 from kvlink_rag.server.settings import ServerSettings
@@ -20,6 +21,7 @@ MIN_CASES = 5000 if int(MAX_EXAMPLES) >= 600 else 400
 EXCLUDED = "positive_data_acceptance"
 
 
+@pytest.mark.endurance
 def test_no_request_makes_the_server_fail_or_leave_its_schema(rag, tmp_path):
     rag.add("The ferry leaves at nine.", "The horn is called Bertha.")
     command = [sys.executable, "-m", "schemathesis.cli", "--no-color", "run", "--max-examples", MAX_EXAMPLES]
