@@ -23,7 +23,7 @@ def test_it_is_small_and_says_what_it_is():
         assert name.split(".")[0] in card
 
 
-def test_the_default_model_answers_with_it_unless_told_otherwise(tmp_path):
+def test_the_default_model_answers_with_it_unless_told_otherwise(tmp_path, loaded_once):
     """Same store, same KV; and without documents the answer is the untouched model's."""
     question = "What is the fog horn called?"
     with KVLinkEngine.load(store=tmp_path) as engine:

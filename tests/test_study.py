@@ -10,7 +10,7 @@ from kvlink_rag.errors import BadInput
 from kvlink_rag.training.study import studied, study
 
 
-def test_the_model_asks_about_what_the_store_holds(tmp_path):
+def test_the_model_asks_about_what_the_store_holds(tmp_path, loaded_once):
     """Each question comes with the chunks retrieval would bring, its own among them, and is asked once only."""
     with KVLinkRAG.load(store=tmp_path / "store", links="untrained") as rag:
         with pytest.raises(BadInput, match="holds no documents"):
