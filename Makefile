@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 STRESS_SECONDS ?= 600
 STRESS_RUNS ?= 5000
-# where tests keep their files: in memory, where 4 GB are free there, else they wait for the disk half of the time
+# where tests keep their files: in memory, where 4 GB are free there; the tests of the store wait for the disk most of their time
 TEST_FOLDER ?= $(shell df -Pk /dev/shm 2>/dev/null | awk '$$6 == "/dev/shm" && $$4 > 4e6 {found = $$6} END {print found ? found : "/tmp"}')
 RIVALS := hugging-face vllm kvboost mellea
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink

@@ -61,7 +61,8 @@ def grouped_sdpa(
     folded = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
     num_folded = folded.shape[2]
     num_empty = _num_empty(num_folded, key.shape[2], key.device) if tempering is None else 0
-    folded = pad(folded, (0, 0, 0, num_empty))
+    if num_empty:
+        folded = pad(folded, (0, 0, 0, num_empty))
     mask = None if attention_mask is None else _folded_mask(attention_mask, groups, key.shape[2], num_empty)
     if tempering is None:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
@@ -143,7 +144,8 @@ def _folded_mask(mask: Tensor, groups: int, num_keys: int, num_empty: int) -> Te
     """The mask for folded queries, [batch, 1, groups * queries + num_empty, keys]; empty rows mean nothing."""
     if _last.source is None or _last.source() is not mask or _last.folded is None:
         _last.source = weakref.ref(mask)
-        _last.folded = pad(mask[..., :num_keys].repeat(1, 1, groups, 1), (0, 0, 0, num_empty))
+        folded = mask[..., :num_keys].repeat(1, 1, groups, 1)
+        _last.folded = pad(folded, (0, 0, 0, num_empty)) if num_empty else folded
     return _last.folded
 
 

@@ -6,8 +6,8 @@ company, and an answer is the same, to the last bit, whoever is asked beside it.
 not believed: where it does not, as with experts that share out the rows, the width is 1.
 
 A product of four rows takes hardly longer than one of a single row, on a CPU as long as it is written weights first
-(`products`): four answers of the default model bring some three times the tokens a second of one. Weights on a CPU that
-are not float32 are not multiplied so, and there the width is 1.
+(`products`): eight streams of the default model bring 2.6 times the tokens a second of one (tests/measure_server.py).
+Weights on a CPU that are not float32 are not multiplied so, and there the width is 1.
 """
 
 from __future__ import annotations

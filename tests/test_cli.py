@@ -239,7 +239,7 @@ def test_help_is_there_for_every_command(kvlink):
 
 
 def test_check_fails_with_its_own_exit_code(kvlink, tmp_path):
-    """Chunks that were never moved do not pass; the figures are printed all the same."""
+    """A tiny random model passes no check; the figures are printed all the same."""
     few = ["--questions", 2, "--repeats", 1, "--contexts", "1200,1400", "--model", tiny_folder(tmp_path)]
     code, out, err = kvlink("check", "--linking", "fixed_positions", *few, "--json")
     found = json.loads(out)

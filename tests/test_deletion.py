@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 
-import pytest
 from store_parts import entry_files
 
 from kvlink_rag.config import StoreSettings
 from kvlink_rag.store.entry import split_entry
 from kvlink_rag.types import Document
-
-pytestmark = pytest.mark.endurance
 
 CANARY = "xylophone-7391"
 SECRET = Document(

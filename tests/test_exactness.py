@@ -13,7 +13,7 @@ from oracle import masked_logits
 from tiny_models import FAMILIES, VOCAB_SIZE, build
 
 from kvlink_rag import encoding
-from kvlink_rag.config import GenerationSettings
+from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.generation import generate
 from kvlink_rag.joining import LinkRequest
@@ -197,7 +197,7 @@ def test_in_its_own_precision_the_default_model_agrees_with_the_masked_forward(s
         row = json.loads(line)
         chunks = [others[number % len(others)], chunk_of[row["document"]]]
         messages = [{"role": "user", "content": row["question"]}]
-        prompt = build_prompt(smollm.tokenizer, messages, chunks, system="Be brief.")
+        prompt = build_prompt(smollm.tokenizer, messages, chunks, system=DEFAULT_SYSTEM)
         prefix_kv = prefix_kv or encoder.encode_alone(prompt.prefix_ids)
         assert prefix_kv.token_ids == prompt.prefix_ids
         request = LinkRequest(smollm, prompt, prefix_kv, [kv_of[ids] for ids in prompt.chunk_ids], links, 2)

@@ -10,8 +10,6 @@ from kvlink_rag.chunking import split
 from kvlink_rag.config import ChunkSettings, StoreSettings
 from kvlink_rag.types import Document
 
-pytestmark = pytest.mark.endurance
-
 
 @pytest.fixture
 def read(open_rag):

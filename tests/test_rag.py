@@ -40,10 +40,10 @@ def test_cold_equals_warm_on_the_default_model_in_its_own_precision(open_rag, sm
     rag = open_rag(smollm)
     rag.add(excerpt("lighthouse.md", tmp_path, 1, 4), excerpt("bakery.md", tmp_path, 1))
     for question in ("What is the fog horn called?", "When does the bakery open?"):
-        warm = rag.ask(question, max_new_tokens=8)
+        warm = rag.ask(question, max_new_tokens=16)
         rag.entries.delete(list(rag.entries.keys()))
-        cold = rag.ask(question, max_new_tokens=8)
-        again = rag.ask(question, max_new_tokens=8)
+        cold = rag.ask(question, max_new_tokens=16)
+        again = rag.ask(question, max_new_tokens=16)
         assert warm.text == cold.text == again.text
         assert not any(source.reused for source in cold.sources)
         assert all(source.reused for source in again.sources)

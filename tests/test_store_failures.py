@@ -12,8 +12,6 @@ from store_parts import ROOM, database_of, entry_files, entry_of, identity_of
 from kvlink_rag.errors import CannotStore, StoreFull
 from kvlink_rag.store.disk import DiskStore
 
-pytestmark = pytest.mark.endurance
-
 OLD, NEW = entry_of((1,), seed=1), entry_of((1,), seed=2)
 KEY, OTHER = identity_of((1,)).key, identity_of((2,)).key
 

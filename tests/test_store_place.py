@@ -18,8 +18,6 @@ from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.folder import open_entries, open_folder
 from kvlink_rag.store.namespaces import namespace_folder
 
-pytestmark = pytest.mark.endurance
-
 KEY = identity_of().key
 
 
