@@ -63,7 +63,7 @@ LAYERS = [
     ["linking.deviation", "linking.first", "linking.question"],
     ["linking", "training.steps"],
     ["answering", "training.trainer"],
-    ["asking"],
+    ["asking", "rows"],
     ["batching", "engine", "training.train"],
     ["rag", "evaluation.forced", "evaluation.store_speed"],
     ["evaluation.answers", "evaluation.agreement", "evaluation.growth", "evaluation.ttft", "training.study"],

@@ -10,8 +10,9 @@ import torch
 from tiny_models import build
 
 from kvlink_rag import Document
-from kvlink_rag.batching import NUM_ROWS, Batch
+from kvlink_rag.batching import Batch
 from kvlink_rag.compute import compute
+from kvlink_rag.rows import NUM_ROWS
 
 DOCUMENTS = [Document(f"Tower {n} stands on hill {n * 7}; its keeper is K{n}.", id=str(n)) for n in range(8)]
 QUESTIONS = [f"Who keeps tower {n}?" for n in range(8)]

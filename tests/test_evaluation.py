@@ -56,6 +56,22 @@ def test_every_arm_answers_as_the_product_does(has_reader, tiny, with_reader, tm
             assert row["prediction"] == ask(engine, EXAMPLES[row["number"]], row["linking"])
 
 
+def test_examples_answered_together_are_answered_as_each_is_alone(with_reader, tmp_path):
+    """More of them than share a product, with answers of different lengths, under linkings that join no others too."""
+    examples = [
+        Example(question, ("nine",), DOCUMENTS[: 1 + number % 2])
+        for number, question in enumerate(["Leaves?", "When does it leave?", "What is it called?", "Why?", "Bertha?"])
+    ]
+    linkings = ["plain", "full", "parallel"]
+    together = AnswerRun([arm_of(with_reader)], tmp_path / "together", max_new_tokens=24)
+    together.run({"data": examples}, linkings, lambda stage, done, total: None)
+    for number, example in enumerate(examples):
+        alone = AnswerRun([arm_of(with_reader)], tmp_path / str(number), max_new_tokens=24)
+        alone.run({"data": [example]}, linkings, lambda stage, done, total: None)
+        assert [{**row, "number": number} for row in alone.rows] == together.rows[3 * number : 3 * number + 3]
+    assert len({row["prediction"] for row in together.rows}) > len(examples)
+
+
 def test_several_checkpoints_over_one_base_answer_as_each_does_alone(tiny, with_reader, tmp_path):
     """Their documents are read once, alone and in full, by the base that they share."""
     reader = with_reader.reader

@@ -21,14 +21,15 @@ from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
 from kvlink_rag.evaluation.scores import interval, interval_of_means, score, score_summary
-from kvlink_rag.generation import generate, predict
+from kvlink_rag.generation import predict
 from kvlink_rag.kv import KV, StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
-from kvlink_rag.prompt import Prompt, stop_ids
+from kvlink_rag.prompt import stop_ids
 from kvlink_rag.questions import SUMMARY, Example
+from kvlink_rag.rows import NUM_ROWS, RowDecoder
 
 METRICS = ("accuracy", "exact_match", "f1", "rouge_l", "nll", "top1", "kl")
 NUM_TOKENS = 16  # of an answer, along which arms are held against the full prefill
@@ -48,6 +49,7 @@ class Arm:
     ):
         self.model, self.linkings = model, linkings
         self.encoder = Encoder(model, precision=Precision.parse(precision))
+        self.decoder = RowDecoder(model)
         self.forcing, self.num_links = Forcing(self.encoder, links), links.num_per_chunk
         self.label = label if precision == "model" else f"{label}, {precision}"
         self.reads_as = replace(self.encoder.recipe, storage_dtype="any").fingerprint  # the same for all precisions
@@ -58,6 +60,7 @@ class AnswerRun:
 
     A run that was cut off goes on where it stopped; other runs may write to the same folder. Documents are read once,
     alone and in full, for all arms that read them by the same recipe: checkpoints with links or readers over one base.
+    A few examples at a time are answered together, each as it would be alone (see `rows`).
     """
 
     def __init__(self, arms: Sequence[Arm], folder: Path, *, max_new_tokens: int):
@@ -77,82 +80,70 @@ class AnswerRun:
         """Answer all examples: the first of every file, then the second, so that a part of a run says something."""
         done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
         order = sorted((number, name) for name, examples in data.items() for number in range(len(examples)))
-        for place, (number, name) in enumerate(order, 1):
-            reads: dict[str, _Read] = {}  # by `Arm.reads_as`, of this example
+        for start in range(0, len(order), NUM_ROWS):
+            some = order[start : start + NUM_ROWS]
+            reads: dict[tuple[str, int, str], _Read] = {}  # by example and `Arm.reads_as`
+            found: list[Row] = []
             for arm in self._arms:
-                missing = [each for each in arm.linkings or linkings if (name, number, arm.label, each) not in done]
-                if missing:
-                    self._answer(name, number, data[name][number], arm, missing, reads)
-            progress("examples", place, len(order))
+                asked = []
+                for number, name in some:
+                    missing = [each for each in arm.linkings or linkings if (name, number, arm.label, each) not in done]
+                    if missing:
+                        read = reads.setdefault((name, number, arm.reads_as), _Read())
+                        asked.append(_Asked(arm, name, number, data[name][number], missing, read))
+                self._answer(arm, asked)
+                found += [row for one in asked for row in one.rows]
+            self._keep(sorted(found, key=lambda row: (row["number"], row["data"])))
+            progress("examples", start + len(some), len(order))
 
-    def _answer(
-        self,
-        name: str,
-        number: int,
-        example: Example,
-        arm: Arm,
-        linkings: Sequence[str],
-        reads: dict[str, _Read],
-    ) -> None:
-        prompt = prompt_of(arm.encoder, example)
-        tokenizer = arm.model.tokenizer
-        gold = (*tokenizer.plain_ids(example.answers[0]), *stop_ids(tokenizer))
-        about: Row = {"data": name, "number": number, "links": arm.label}
-        about["num_documents"] = len(example.documents)
-        about["gold"] = min(example.gold) + 1 if example.gold else None
-        tokens = len(prompt.ids) + arm.num_links * len(prompt.chunk_ids)
-        if tokens + max(len(gold), self._settings.max_new_tokens) > arm.model.max_positions:
-            self._keep([{**about, "linking": linking, "too_long": tokens} for linking in linkings])
-            return
-        read = reads.setdefault(arm.reads_as, _Read())
-        if read.encoded is None and any(get_linking(linking).uses_stored_kv for linking in linkings):
-            read.encoded = arm.forcing.encoded(prompt)
-        kvs = arm.forcing.at_rest(read.encoded or ())
-        reference: _Said | None = None
-        for linking in sorted(linkings, key=lambda linking: linking != "full"):
-            said = self._one(arm, prompt, gold, linking, kvs, read, reference)
-            reference = said if linking == "full" else reference
-            row = {**about, "linking": linking, "nll": round(said.nll, 4), **_scores(example, said.text)}
-            if reference is not None:
-                row |= _closeness(reference, said)
-            self._keep([{**row, "prediction": said.text}])
+    def _answer(self, arm: Arm, asked: Sequence[_Asked]) -> None:
+        """Give each its rows, one linking after another: the full prefill first, against which the others are held."""
+        for one in asked:
+            if one.num_tokens + max(len(one.gold), self._settings.max_new_tokens) > arm.model.max_positions:
+                one.rows = [{**one.about, "linking": each, "too_long": one.num_tokens} for each in one.linkings]
+                one.linkings = ()
+        wanted = dict.fromkeys(linking for one in asked for linking in one.linkings)
+        for linking in sorted(wanted, key=lambda linking: linking != "full"):
+            self._under(linking, arm, [one for one in asked if linking in one.linkings])
+
+    def _under(self, linking: str, arm: Arm, asked: Sequence[_Asked]) -> None:
+        """One linking: the accepted answers' NLL; the greedy answers; and what is predicted along the reference's
+        answer, or along this one where there is none."""
+        begun = [self._begin(linking, arm, one) for one in asked]
+        firsts = [logits[0] for _, logits in begun]
+        answers = arm.decoder.answers([context for context, _ in begun], firsts, self._settings)
+        for one, (context, logits), (text, ids) in zip(asked, begun, answers, strict=True):
+            nll = float(cross_entropy(logits.float(), torch.tensor(one.gold, device=logits.device)))
+            ids = ids[:NUM_TOKENS]
+            along = one.reference.ids if one.reference is not None else ids
+            context.rewind(0, [one.prompt.question_ids[-1], *along[:-1]])
+            said = _Said(ids, log_softmax(predict(arm.model, context, len(along)).float(), -1))
+            if linking == "full":
+                one.reference, one.read.in_full = said, context
+            else:
+                context.release()
+            text = text.strip()
+            row = {**one.about, "linking": linking, "nll": round(nll, 4), **_scores(one.example, text)}
+            if one.reference is not None:
+                row |= _closeness(one.reference, said)
+            one.rows.append({**row, "prediction": text})
+
+    def _begin(self, linking: str, arm: Arm, one: _Asked) -> tuple[Context, Tensor]:
+        """The example's context up to its question, and the logits [answer tokens, vocabulary] of the accepted one."""
+        room = max(self._settings.max_new_tokens, NUM_TOKENS)
+        if linking == "full" and one.read.in_full is not None:
+            context = one.read.in_full
+            logits = arm.forcing.again(context, one.prompt, one.gold)
+        else:
+            kvs = one.kvs(arm.forcing) if get_linking(linking).uses_stored_kv else ()
+            context, logits = arm.forcing.logits(one.prompt, kvs, linking, one.gold, room)
+        context.rewind(len(one.gold) - 1, one.prompt.question_ids[-1:])
+        return context, logits
 
     def _keep(self, rows: Sequence[Row]) -> None:
         self.rows += rows
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-    def _one(
-        self,
-        arm: Arm,
-        prompt: Prompt,
-        gold: Sequence[int],
-        linking: str,
-        kvs: Sequence[StoredKV],
-        read: _Read,
-        reference: _Said | None,
-    ) -> _Said:
-        """The greedy answer; the NLL of the accepted one; and what is predicted along the reference's answer, or along
-        this one where there is none."""
-        model = arm.model
-        room = max(self._settings.max_new_tokens, NUM_TOKENS)
-        if linking == "full" and read.in_full is not None:
-            context = read.in_full
-            logits = arm.forcing.again(context, prompt, gold)
-        else:
-            context, logits = arm.forcing.logits(prompt, kvs, linking, gold, room)
-        nll = float(cross_entropy(logits.float(), torch.tensor(gold, device=logits.device)))
-        context.rewind(len(gold) - 1, prompt.question_ids[-1:])
-        pieces: list[str] = []
-        ids = generate(model, context, self._settings, pieces.append).token_ids[:NUM_TOKENS]
-        along = reference.ids if reference is not None else ids
-        context.rewind(0, [prompt.question_ids[-1], *along[:-1]])
-        predicted = log_softmax(predict(model, context, len(along)).float(), -1)
-        if linking == "full":
-            read.in_full = context
-        else:
-            context.release()
-        return _Said("".join(pieces).strip(), ids, nll, predicted)
 
 
 @dataclass
@@ -165,12 +156,39 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Said:
-    """An arm's answer, its first token ids, the accepted answer's NLL, and log-probabilities [tokens, vocabulary]."""
+    """An arm's first token ids, and its log-probabilities [tokens, vocabulary] along the reference's."""
 
-    text: str
     ids: list[int]
-    nll: float
     predicted: Tensor
+
+
+class _Asked:
+    """An example as an arm is asked it, and the rows it has so far."""
+
+    def __init__(self, arm: Arm, name: str, number: int, example: Example, linkings: Sequence[str], read: _Read):
+        self.example, self.linkings, self.read = example, linkings, read
+        self.prompt = prompt_of(arm.encoder, example)
+        tokenizer = arm.model.tokenizer
+        self.gold = (*tokenizer.plain_ids(example.answers[0]), *stop_ids(tokenizer))
+        self.num_tokens = len(self.prompt.ids) + arm.num_links * len(self.prompt.chunk_ids)
+        self.about: Row = {
+            "data": name,
+            "number": number,
+            "links": arm.label,
+            "num_documents": len(example.documents),
+            "gold": min(example.gold) + 1 if example.gold else None,
+        }
+        self.rows: list[Row] = []
+        self.reference: _Said | None = None  # under full prefill
+        self._kvs: list[StoredKV] | None = None
+
+    def kvs(self, forcing: Forcing) -> list[StoredKV]:
+        """Its chunks' KV, encoded by whichever arm asks first, as it reads back from a store of the arm's precision."""
+        if self.read.encoded is None:
+            self.read.encoded = forcing.encoded(self.prompt)
+        if self._kvs is None:
+            self._kvs = forcing.at_rest(self.read.encoded)
+        return self._kvs
 
 
 def _scores(example: Example, text: str) -> Row:

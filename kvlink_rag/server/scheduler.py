@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvlink_rag.batching import NUM_ROWS, Batch
+from kvlink_rag.batching import Batch
 from kvlink_rag.compute import Cancelled, Job, compute
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.rag import KVLinkRAG
+from kvlink_rag.rows import NUM_ROWS
 from kvlink_rag.server.failures import QueueFull, TookTooLong
 from kvlink_rag.server.metrics import Metrics
 from kvlink_rag.server.settings import ServerSettings

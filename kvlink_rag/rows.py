@@ -1,0 +1,143 @@
+"""Several contexts decoded at once: each step brings one token more to every one of them.
+
+`width` rows share a product with the weights, which always has that many rows, empty ones included; each row's
+attention runs over its own buffer alone. So no number of an answer depends on its company, and an answer is the same,
+to the last bit, whoever is asked beside it. That a model computes rows so is tried, not believed: where it does not,
+as with experts that share out the rows, the width is 1.
+
+A product of four rows takes hardly longer than one of a single row, on a CPU as long as it is written weights first
+(`products`): eight streams of the default model bring 2.6 times the tokens a second of one (tests/measure_server.py).
+Weights on a CPU that are not float32 are not multiplied so, and there the width is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvlink_rag.config import GenerationSettings
+from kvlink_rag.context import Context, RowsLayer
+from kvlink_rag.generation import AnswerText, Generation, Sampler, generate
+from kvlink_rag.model import LanguageModel
+
+NUM_ROWS = 4  # that share a product
+
+
+class Row:
+    """One answer on its way, over a context whose first logits are known."""
+
+    def __init__(
+        self, model: LanguageModel, context: Context, settings: GenerationSettings, emit: Callable[[str], None]
+    ):
+        pending = context.pending
+        assert pending is not None
+        self.context, self.by_reader, self.last_id = context, pending.by_reader, pending.last_id
+        self._last_position = int(pending.rope_positions[-1])
+        self._max_new_tokens = settings.max_new_tokens
+        self._text = AnswerText(model, settings.stop, emit)
+        self._sampler = Sampler(model, settings, pending.last_id)
+
+    @property
+    def record(self) -> Generation:
+        return self._text.record
+
+    @property
+    def position(self) -> int:
+        """Where the newest token is turned to."""
+        return self._last_position + len(self.record.token_ids)
+
+    @property
+    def place(self) -> int:
+        """Where the newest token's KV goes."""
+        return self.context.num_tokens + len(self.record.token_ids) - 1
+
+    def take(self, logits: Tensor) -> bool:
+        """Choose the next token from logits [vocabulary]; whether the answer goes on."""
+        self.last_id = self._sampler.choose(logits)
+        self._text.take(self.last_id)
+        if not self._text.is_ended and len(self.record.token_ids) < self._max_new_tokens:
+            return True
+        self._text.end()
+        return False
+
+
+class RowDecoder:
+    """Computes the newest tokens of several rows of one model in one forward, on the compute thread alone."""
+
+    def __init__(self, model: LanguageModel, width: int | None = None):
+        self.model = model
+        self.width = width or (NUM_ROWS if _gains(model) and _keeps_rows_apart(model) else 1)
+
+    def takes(self, context: Context) -> bool:
+        """Whether a context can be a row: not where attention is not ours, or a linking wants another."""
+        return self.model.can_batch and not context.tempering
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """Logits [width, vocabulary] behind each row's newest token; rows beyond the given ones mean nothing.
+
+        All rows are computed with the same weights: all by the reader, or none.
+        """
+        model = self.model
+        empty = [0] * (self.width - len(rows))
+        ids = torch.tensor([row.last_id for row in rows] + empty, device=model.device)[:, None]
+        positions = torch.tensor([row.position for row in rows] + empty, device=model.device)[:, None]
+        buffers = [row.context.layers() for row in rows]
+        layers = [
+            RowsLayer([(*own[layer], row.place) for own, row in zip(buffers, rows, strict=True)], model.window(layer))
+            for layer in range(model.kv_shape.num_layers)
+        ]
+        seen = torch.ones(self.width, 1, 1, dtype=torch.bool, device=model.device)
+        output = (model.reader if rows[0].by_reader else model.hf)(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=model.mask_from(seen, torch.zeros_like(seen, dtype=torch.long)),
+            use_cache=True,
+            **{model.cache_argument: Cache(layers=layers)},
+        )
+        return output.logits[:, -1]  # type: ignore[no-any-return]
+
+    def answers(
+        self, contexts: Sequence[Context], first_logits: Sequence[Tensor], settings: GenerationSettings
+    ) -> list[tuple[str, list[int]]]:
+        """Texts and token ids over computed contexts whose pending token is their last, of one linking each.
+
+        first_logits [vocabulary]: behind that token.
+        """
+        pieces: list[list[str]] = [[] for _ in contexts]
+        if not all(map(self.takes, contexts)):
+            records = [
+                generate(self.model, each, settings, own.append) for each, own in zip(contexts, pieces, strict=True)
+            ]
+            return [("".join(own), record.token_ids) for own, record in zip(pieces, records, strict=True)]
+        rows = [Row(self.model, each, settings, own.append) for each, own in zip(contexts, pieces, strict=True)]
+        going = [row for row, logits in zip(rows, first_logits, strict=True) if row.take(logits)]
+        while going:
+            shared = [going[start : start + self.width] for start in range(0, len(going), self.width)]
+            steps = [(row, logits) for some in shared for row, logits in zip(some, self.forward(some), strict=False)]
+            going = [row for row, logits in steps if row.take(logits)]
+        return [("".join(own), row.record.token_ids) for own, row in zip(pieces, rows, strict=True)]
+
+
+def _gains(model: LanguageModel) -> bool:
+    """Whether rows that share a product take less time than one after another."""
+    return model.device.type != "cpu" or model.dtype == torch.float32
+
+
+@torch.inference_mode()
+def _keeps_rows_apart(model: LanguageModel) -> bool:
+    """Whether tokens, each a row of its own, get the same logits to the last bit in any order and company."""
+    ids = torch.arange(1, NUM_ROWS + 1, device=model.device) * 7919 % (model.hf.config.get_text_config().vocab_size - 1)
+    places = torch.zeros(NUM_ROWS, 1, dtype=torch.long, device=model.device)
+    mask = model.mask_from(torch.ones(NUM_ROWS, 1, 1, dtype=torch.bool, device=model.device), places[..., None])
+
+    def logits(ids: Tensor) -> Tensor:
+        return model.hf(input_ids=ids[:, None], position_ids=places, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
+
+    apart = logits(ids)
+    return torch.equal(apart, logits(ids.flip(0)).flip(0)) and torch.equal(
+        apart[:1].expand_as(apart), logits(ids[:1].expand_as(ids))
+    )
