@@ -13,20 +13,20 @@ from kvlink_rag.answering import AnswerMaker, Prepared, Request
 from kvlink_rag.compute import Emit
 from kvlink_rag.generation import predict
 from kvlink_rag.model import LanguageModel
-from kvlink_rag.rows import NUM_ROWS, Row, RowDecoder
+from kvlink_rag.rows import NUM_ROWS, Decoding, RowDecoder
 from kvlink_rag.types import Piece
 
 OnEnd = Callable[[BaseException | None], None]
 
 
-class _Underway:
+class _Underway(Decoding):
     """A question whose answer is being made, and whom to tell of it."""
 
     def __init__(self, model: LanguageModel, prepared: Prepared, emit: Emit[Piece], on_end: OnEnd):
-        self.prepared, self.on_end = prepared, on_end
-        self._model, self._emit = model, emit
+        super().__init__(model, prepared.context, prepared.request.settings, self._keep)
+        self.on_end = on_end
+        self._prepared, self._model_name, self._emit = prepared, model.name, emit
         self._pieces: list[str] = []
-        self.row = Row(model, prepared.context, prepared.request.settings, self._keep)
 
     def _keep(self, text: str) -> None:
         self._pieces.append(text)
@@ -34,9 +34,9 @@ class _Underway:
 
     def take(self, logits: torch.Tensor) -> bool:
         """Choose the next token from logits [vocabulary]; whether the answer goes on."""
-        if self.row.take(logits):
+        if super().take(logits):
             return True
-        self._emit(Piece("", self.prepared.answer("".join(self._pieces), self.row.record, self._model.name)))
+        self._emit(Piece("", self._prepared.answer("".join(self._pieces), self.record, self._model_name)))
         return False
 
 
@@ -97,14 +97,12 @@ class Batch:
 
     def step(self) -> None:
         """One token more for every answer."""
-        for by_reader in (True, False):
-            some = [one for one in self._underway if one.row.by_reader is by_reader]
-            for start in range(0, len(some), self.width):
-                self._step(some[start : start + self.width])
+        for some in self._decoder.shares(self._underway):
+            self._step(some)
 
     def _step(self, some: list[_Underway]) -> None:
         try:
-            logits = self._decoder.forward([one.row for one in some])
+            logits = self._decoder.forward(some)
         except BaseException as error:  # these answers do not survive it, the thread does
             for one in some:
                 self._end(one, error)
@@ -123,5 +121,5 @@ class Batch:
 
     def _end(self, one: _Underway, error: BaseException | None) -> None:
         self._underway.remove(one)
-        one.prepared.context.release()
+        one.context.release()
         one.on_end(error)

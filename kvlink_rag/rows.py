@@ -12,21 +12,23 @@ Weights on a CPU that are not float32 are not multiplied so, and there the width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvlink_rag.compute import compute
 from kvlink_rag.config import GenerationSettings
 from kvlink_rag.context import Context, RowsLayer
 from kvlink_rag.generation import AnswerText, Generation, Sampler, generate
 from kvlink_rag.model import LanguageModel
 
-NUM_ROWS = 4  # that share a product
+NUM_ROWS = 4  # answers under way at once, of which at most `width` share a product
 
 
-class Row:
+class Decoding:
     """One answer on its way, over a context whose first logits are known."""
 
     def __init__(
@@ -64,24 +66,31 @@ class Row:
         return False
 
 
+D = TypeVar("D", bound=Decoding)
+
+
 class RowDecoder:
-    """Computes the newest tokens of several rows of one model in one forward, on the compute thread alone."""
+    """Computes the newest tokens of several answers of one model in one forward, on the compute thread alone."""
 
     def __init__(self, model: LanguageModel, width: int | None = None):
-        self.model = model
-        self.width = width or (NUM_ROWS if _gains(model) and _keeps_rows_apart(model) else 1)
+        self._model = model
+        self.width = width or (NUM_ROWS if compute.run(lambda job: _gains(model) and _keeps_rows_apart(model)) else 1)
 
     def takes(self, context: Context) -> bool:
         """Whether a context can be a row: not where attention is not ours, or a linking wants another."""
-        return self.model.can_batch and not context.tempering
+        return self._model.can_batch and not context.tempering
+
+    def shares(self, answers: Sequence[D]) -> Iterator[list[D]]:
+        """The answers in groups that one forward computes: by the same weights, `width` at most."""
+        for by_reader in (True, False):
+            some = [answer for answer in answers if answer.by_reader is by_reader]
+            for start in range(0, len(some), self.width):
+                yield some[start : start + self.width]
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[Row]) -> Tensor:
-        """Logits [width, vocabulary] behind each row's newest token; rows beyond the given ones mean nothing.
-
-        All rows are computed with the same weights: all by the reader, or none.
-        """
-        model = self.model
+    def forward(self, rows: Sequence[Decoding]) -> Tensor:
+        """Logits [width, vocabulary] behind the newest token of each of one share; rows beyond them mean nothing."""
+        model = self._model
         empty = [0] * (self.width - len(rows))
         ids = torch.tensor([row.last_id for row in rows] + empty, device=model.device)[:, None]
         positions = torch.tensor([row.position for row in rows] + empty, device=model.device)[:, None]
@@ -103,23 +112,24 @@ class RowDecoder:
     def answers(
         self, contexts: Sequence[Context], first_logits: Sequence[Tensor], settings: GenerationSettings
     ) -> list[tuple[str, list[int]]]:
-        """Texts and token ids over computed contexts whose pending token is their last, of one linking each.
+        """Text and token ids over each context, whose pending token is its last and has been computed.
 
         first_logits [vocabulary]: behind that token.
         """
         pieces: list[list[str]] = [[] for _ in contexts]
-        if not all(map(self.takes, contexts)):
-            records = [
-                generate(self.model, each, settings, own.append) for each, own in zip(contexts, pieces, strict=True)
-            ]
-            return [("".join(own), record.token_ids) for own, record in zip(pieces, records, strict=True)]
-        rows = [Row(self.model, each, settings, own.append) for each, own in zip(contexts, pieces, strict=True)]
-        going = [row for row, logits in zip(rows, first_logits, strict=True) if row.take(logits)]
+        records, going = [], []
+        for context, logits, own in zip(contexts, first_logits, pieces, strict=True):
+            if not self.takes(context):
+                records.append(generate(self._model, context, settings, own.append))
+                continue
+            row = Decoding(self._model, context, settings, own.append)
+            records.append(row.record)
+            if row.take(logits):
+                going.append(row)
         while going:
-            shared = [going[start : start + self.width] for start in range(0, len(going), self.width)]
-            steps = [(row, logits) for some in shared for row, logits in zip(some, self.forward(some), strict=False)]
+            steps = [pair for some in self.shares(going) for pair in zip(some, self.forward(some), strict=False)]
             going = [row for row, logits in steps if row.take(logits)]
-        return [("".join(own), row.record.token_ids) for own, row in zip(pieces, rows, strict=True)]
+        return [("".join(own), record.token_ids) for own, record in zip(pieces, records, strict=True)]
 
 
 def _gains(model: LanguageModel) -> bool:

@@ -19,6 +19,7 @@ from kvlink_rag.evaluation.scores import interval, score, score_summary
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.prompt import build_prompt
 from kvlink_rag.questions import SUMMARY, Example
+from kvlink_rag.rows import NUM_ROWS
 
 DOCUMENTS = (Document("The horn is called Old Bertha."), Document("The ferry leaves at nine.", title="Ferry"))
 EXAMPLES = [
@@ -57,18 +58,25 @@ def test_every_arm_answers_as_the_product_does(has_reader, tiny, with_reader, tm
 
 
 def test_examples_answered_together_are_answered_as_each_is_alone(with_reader, tmp_path):
-    """More of them than share a product, with answers of different lengths, under linkings that join no others too."""
-    examples = [
-        Example(question, ("nine",), DOCUMENTS[: 1 + number % 2])
-        for number, question in enumerate(["Leaves?", "When does it leave?", "What is it called?", "Why?", "Bertha?"])
-    ]
+    """Answers of different lengths, from two files; linkings that join no others; a question without documents, which
+    another model reads than the others."""
+    questions = ["Leaves?", "When does it leave?", "What is it called?", "Why?", "Bertha?"]
+    examples = [Example(question, ("nine",), DOCUMENTS[: 1 + n % 2]) for n, question in enumerate(questions)]
+    data = {"a": examples, "b": [Example("Who?", ("nine",), ()), Example("Where is it?", ("nine",), DOCUMENTS)]}
     linkings = ["plain", "full", "parallel"]
-    together = AnswerRun([arm_of(with_reader)], tmp_path / "together", max_new_tokens=24)
-    together.run({"data": examples}, linkings, lambda stage, done, total: None)
-    for number, example in enumerate(examples):
-        alone = AnswerRun([arm_of(with_reader)], tmp_path / str(number), max_new_tokens=24)
-        alone.run({"data": [example]}, linkings, lambda stage, done, total: None)
-        assert [{**row, "number": number} for row in alone.rows] == together.rows[3 * number : 3 * number + 3]
+    arm = arm_of(with_reader)
+    assert arm.decoder.width == NUM_ROWS
+    shares = []
+    arm.decoder.forward = lambda rows, ask=arm.decoder.forward: shares.append(len(rows)) or ask(rows)
+    together = AnswerRun([arm], tmp_path / "together", max_new_tokens=24)
+    together.run(data, linkings, lambda stage, done, total: None)
+    assert max(shares) == 3  # of the first four, one is read by another model
+    for name, each in data.items():
+        for number, example in enumerate(each):
+            alone = AnswerRun([arm_of(with_reader)], tmp_path / f"{name}{number}", max_new_tokens=24)
+            alone.run({name: [example]}, linkings, lambda stage, done, total: None)
+            rows = [row for row in together.rows if (row["data"], row["number"]) == (name, number)]
+            assert rows == [{**row, "number": number} for row in alone.rows]
     assert len({row["prediction"] for row in together.rows}) > len(examples)
 
 
@@ -160,6 +168,10 @@ def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
     assert sorted((row["number"], row["linking"]) for row in rows) == [
         (0, "full"), (0, "plain"), (1, "full"), (1, "plain")
     ]  # fmt: skip
+    more = run(EXAMPLES, ["plain", "full", "fixed_positions"])[len(rows) :]
+    assert [row["linking"] for row in more] == ["fixed_positions"] * 2
+    assert all("top1" in row for row in [*rows[1:], *more])  # held against a full prefill that was there already
+    rows += more
     assert run(EXAMPLES, ["plain", "full"]) == rows
 
 

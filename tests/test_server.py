@@ -283,8 +283,8 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(serve):
 def ticket_of(server):
     """The ticket of the only answer under way."""
     batch = server.services.scheduler._batch
-    (pair,) = wait_until(lambda: list(batch._rows))
-    return pair[0]._emit.__closure__[1].cell_contents
+    (answer,) = wait_until(lambda: list(batch._underway))
+    return answer._emit.__closure__[1].cell_contents
 
 
 async def test_a_full_queue_says_when_to_come_again_and_clients_that_leave_make_room(serve):

@@ -61,8 +61,8 @@ def test_an_unexpected_failure_is_a_500_that_quotes_nobody(server, client, monke
 def test_what_breaks_in_the_middle_of_a_stream_is_its_last_event(server, client, monkeypatch, caplog):
     request = server.chat(CANARY, stream=True, max_tokens=200, k=1)
     with client.stream("POST", "/v1/chat/completions", json=request) as response:
-        (pair,) = wait_until(lambda: list(server.services.scheduler._batch._rows))
-        monkeypatch.setattr(pair[0]._sampler, "choose", broken)
+        (answer,) = wait_until(lambda: list(server.services.scheduler._batch._underway))
+        monkeypatch.setattr(answer._sampler, "choose", broken)
         events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert json.loads(events[-1])["error"]["type"] == "server_error"
     assert CANARY not in events[-1] and CANARY not in caplog.text and "RuntimeError at " in caplog.text

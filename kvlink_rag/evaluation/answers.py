@@ -29,7 +29,7 @@ from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.prompt import stop_ids
 from kvlink_rag.questions import SUMMARY, Example
-from kvlink_rag.rows import NUM_ROWS, RowDecoder
+from kvlink_rag.rows import RowDecoder
 
 METRICS = ("accuracy", "exact_match", "f1", "rouge_l", "nll", "top1", "kl")
 NUM_TOKENS = 16  # of an answer, along which arms are held against the full prefill
@@ -60,7 +60,8 @@ class AnswerRun:
 
     A run that was cut off goes on where it stopped; other runs may write to the same folder. Documents are read once,
     alone and in full, for all arms that read them by the same recipe: checkpoints with links or readers over one base.
-    A few examples at a time are answered together, each as it would be alone (see `rows`).
+    A few examples at a time are answered together, each as it would be alone (see `rows`): their contexts are in memory
+    together, and what a run that is cut off has of them is lost.
     """
 
     def __init__(self, arms: Sequence[Arm], folder: Path, *, max_new_tokens: int):
@@ -80,41 +81,43 @@ class AnswerRun:
         """Answer all examples: the first of every file, then the second, so that a part of a run says something."""
         done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
         order = sorted((number, name) for name, examples in data.items() for number in range(len(examples)))
-        for start in range(0, len(order), NUM_ROWS):
-            some = order[start : start + NUM_ROWS]
+        at_once = max(arm.decoder.width for arm in self._arms)
+        for start in range(0, len(order), at_once):
+            some = order[start : start + at_once]
             reads: dict[tuple[str, int, str], _Read] = {}  # by example and `Arm.reads_as`
-            found: list[Row] = []
             for arm in self._arms:
                 asked = []
                 for number, name in some:
-                    missing = [each for each in arm.linkings or linkings if (name, number, arm.label, each) not in done]
+                    wanted = arm.linkings or linkings
+                    missing = [each for each in wanted if (name, number, arm.label, each) not in done]
                     if missing:
                         read = reads.setdefault((name, number, arm.reads_as), _Read())
-                        asked.append(_Asked(arm, name, number, data[name][number], missing, read))
+                        against_full = "full" in wanted
+                        asked.append(_Asked(arm, name, number, data[name][number], missing, against_full, read))
                 self._answer(arm, asked)
-                found += [row for one in asked for row in one.rows]
-            self._keep(sorted(found, key=lambda row: (row["number"], row["data"])))
+                self._keep([row for one in asked for row in one.rows])
             progress("examples", start + len(some), len(order))
 
     def _answer(self, arm: Arm, asked: Sequence[_Asked]) -> None:
         """Give each its rows, one linking after another: the full prefill first, against which the others are held."""
+        fitting = []
         for one in asked:
             if one.num_tokens + max(len(one.gold), self._settings.max_new_tokens) > arm.model.max_positions:
-                one.rows = [{**one.about, "linking": each, "too_long": one.num_tokens} for each in one.linkings]
-                one.linkings = ()
-        wanted = dict.fromkeys(linking for one in asked for linking in one.linkings)
+                one.rows = [{**one.about, "linking": each, "too_long": one.num_tokens} for each in one.missing]
+            else:
+                fitting.append(one)
+        wanted = dict.fromkeys(linking for one in fitting for linking in one.linkings)
         for linking in sorted(wanted, key=lambda linking: linking != "full"):
-            self._under(linking, arm, [one for one in asked if linking in one.linkings])
+            self._under(linking, arm, [one for one in fitting if linking in one.linkings])
 
     def _under(self, linking: str, arm: Arm, asked: Sequence[_Asked]) -> None:
-        """One linking: the accepted answers' NLL; the greedy answers; and what is predicted along the reference's
-        answer, or along this one where there is none."""
+        """One linking: the greedy answers, and what is predicted along the reference's answer, or along this one where
+        there is none."""
         begun = [self._begin(linking, arm, one) for one in asked]
-        firsts = [logits[0] for _, logits in begun]
-        answers = arm.decoder.answers([context for context, _ in begun], firsts, self._settings)
-        for one, (context, logits), (text, ids) in zip(asked, begun, answers, strict=True):
-            nll = float(cross_entropy(logits.float(), torch.tensor(one.gold, device=logits.device)))
-            ids = ids[:NUM_TOKENS]
+        contexts, firsts = [each.context for each in begun], [each.first_logits for each in begun]
+        answers = arm.decoder.answers(contexts, firsts, self._settings)
+        for one, each, (text, ids) in zip(asked, begun, answers, strict=True):
+            ids, context = ids[:NUM_TOKENS], each.context
             along = one.reference.ids if one.reference is not None else ids
             context.rewind(0, [one.prompt.question_ids[-1], *along[:-1]])
             said = _Said(ids, log_softmax(predict(arm.model, context, len(along)).float(), -1))
@@ -122,14 +125,14 @@ class AnswerRun:
                 one.reference, one.read.in_full = said, context
             else:
                 context.release()
-            text = text.strip()
-            row = {**one.about, "linking": linking, "nll": round(nll, 4), **_scores(one.example, text)}
-            if one.reference is not None:
-                row |= _closeness(one.reference, said)
-            one.rows.append({**row, "prediction": text})
+            if linking in one.missing:
+                text = text.strip()
+                row = {**one.about, "linking": linking, "nll": round(each.nll, 4), **_scores(one.example, text)}
+                close = {} if one.reference is None else _closeness(one.reference, said)
+                one.rows.append({**row, **close, "prediction": text})
 
-    def _begin(self, linking: str, arm: Arm, one: _Asked) -> tuple[Context, Tensor]:
-        """The example's context up to its question, and the logits [answer tokens, vocabulary] of the accepted one."""
+    def _begin(self, linking: str, arm: Arm, one: _Asked) -> _Begun:
+        """Compute an example's context and how likely the accepted answer is, and take that answer out again."""
         room = max(self._settings.max_new_tokens, NUM_TOKENS)
         if linking == "full" and one.read.in_full is not None:
             context = one.read.in_full
@@ -138,7 +141,8 @@ class AnswerRun:
             kvs = one.kvs(arm.forcing) if get_linking(linking).uses_stored_kv else ()
             context, logits = arm.forcing.logits(one.prompt, kvs, linking, one.gold, room)
         context.rewind(len(one.gold) - 1, one.prompt.question_ids[-1:])
-        return context, logits
+        nll = float(cross_entropy(logits.float(), torch.tensor(one.gold, device=logits.device)))
+        return _Begun(context, nll, logits[0].clone())
 
     def _keep(self, rows: Sequence[Row]) -> None:
         self.rows += rows
@@ -155,6 +159,15 @@ class _Read:
 
 
 @dataclass(frozen=True)
+class _Begun:
+    """A context up to its question, the accepted answer's NLL, and the logits [vocabulary] behind the question."""
+
+    context: Context
+    nll: float
+    first_logits: Tensor
+
+
+@dataclass(frozen=True)
 class _Said:
     """An arm's first token ids, and its log-probabilities [tokens, vocabulary] along the reference's."""
 
@@ -163,10 +176,23 @@ class _Said:
 
 
 class _Asked:
-    """An example as an arm is asked it, and the rows it has so far."""
+    """An example as an arm is asked it, and the rows it has so far.
 
-    def __init__(self, arm: Arm, name: str, number: int, example: Example, linkings: Sequence[str], read: _Read):
-        self.example, self.linkings, self.read = example, linkings, read
+    missing: linkings whose rows are wanted. linkings: these, and full where they are held against it.
+    """
+
+    def __init__(
+        self,
+        arm: Arm,
+        name: str,
+        number: int,
+        example: Example,
+        missing: Sequence[str],
+        against_full: bool,
+        read: _Read,
+    ):
+        self.example, self.missing, self.read = example, missing, read
+        self.linkings = list(dict.fromkeys([*missing, "full"] if against_full else missing))
         self.prompt = prompt_of(arm.encoder, example)
         tokenizer = arm.model.tokenizer
         self.gold = (*tokenizer.plain_ids(example.answers[0]), *stop_ids(tokenizer))
