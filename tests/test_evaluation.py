@@ -175,6 +175,13 @@ def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
     assert run(EXAMPLES, ["plain", "full"]) == rows
 
 
+def test_of_two_runs_into_one_folder_the_last_to_end_knows_all_rows(tiny, tmp_path):
+    first, second = (AnswerRun([arm_of(tiny)], tmp_path, max_new_tokens=2) for _ in range(2))
+    for run, name in ((first, "a"), (second, "b")):
+        run.run({name: EXAMPLES}, ["plain"], lambda stage, done, total: None)
+    assert [row["data"] for row in second.rows] == ["a", "a", "b", "b"]
+
+
 def test_agreement_is_whole_with_a_full_prefill_itself(tiny, tmp_path):
     questions = [(example.question, example.documents) for example in EXAMPLES]
     with KVLinkEngine(tiny, tmp_path) as engine:

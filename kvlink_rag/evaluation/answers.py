@@ -97,6 +97,7 @@ class AnswerRun:
                 self._answer(arm, asked)
                 self._keep([row for one in asked for row in one.rows])
             progress("examples", start + len(some), len(order))
+        self.rows = read_rows(self._path)  # with those of runs beside this one
 
     def _answer(self, arm: Arm, asked: Sequence[_Asked]) -> None:
         """Give each its rows, one linking after another: the full prefill first, against which the others are held."""
