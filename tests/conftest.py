@@ -9,6 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from garbage import modules_are_no_garbage  # noqa: F401
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -14,6 +14,8 @@ from langchain_core.embeddings import Embeddings
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from garbage import modules_are_no_garbage  # noqa: E402, F401
+
 
 class WordEmbeddings(Embeddings):
     """Texts that share words have near vectors."""
