@@ -25,6 +25,7 @@ demo: install  ## add the sample corpus, ask three questions
 	$(BIN)/python examples/demo.py
 
 test endurance sabotage: export TMPDIR = $(TEST_FOLDER)
+test endurance: export PYTHONDONTWRITEBYTECODE =  # Python is started some thirty times: what it compiles is kept
 test: export OMP_NUM_THREADS = 1
 test: install  ## JOBS processes, each on one thread
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not endurance"

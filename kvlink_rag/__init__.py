@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kvlink_rag import errors
+from kvlink_rag import collector, errors
 from kvlink_rag.config import DEFAULT_SYSTEM, ChunkSettings, GenerationSettings, StoreSettings
 from kvlink_rag.errors import KVLinkError
 from kvlink_rag.types import AddReport, Answer, Chunk, Document, Hit, Piece, Source, Timings, TokenCounts
@@ -54,5 +54,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        with collector.paused():
+            return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

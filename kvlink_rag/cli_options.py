@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvlink_rag import collector
 from kvlink_rag.config import GIB
 from kvlink_rag.console import notes
 from kvlink_rag.errors import BadInput
@@ -47,7 +47,7 @@ def loaded_model(
     model: str, dtype: str, device: str, *, links: str | None = None, adapter: Path | None = None
 ) -> tuple[LanguageModel, Checkpoint | None]:
     """A model with the checkpoint that `links` names, loaded with a note on stderr."""
-    with notes.status("loading the model"), _without_collector():
+    with notes.status("loading the model"), collector.paused(for_good=True):
         from kvlink_rag.links import Checkpoint
         from kvlink_rag.model import LanguageModel
 
@@ -78,7 +78,7 @@ def loaded(
     from kvlink_rag.store.folder import open_folder
 
     open_folder(store, integrity_key())
-    with notes.status("loading the models"), _without_collector():
+    with notes.status("loading the models"), collector.paused(for_good=True):
         from kvlink_rag.config import StoreSettings
         from kvlink_rag.rag import KVLinkRAG
 
@@ -88,23 +88,6 @@ def loaded(
         rag.warm_up()
     with rag:
         yield rag
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """No garbage collection meanwhile, nor of what was loaded later on.
-
-    What loading makes stays. To look through it takes a sixth of a start, half a second whenever the collector thinks
-    of it while answering, and two seconds at the end of the process.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_on:
-            gc.enable()
 
 
 def integrity_key() -> bytes | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kvlink_rag import collector
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, cache_folder, default_embedder_folder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.recipe import folder_digest
@@ -30,7 +31,8 @@ class Embedder:
 
     @functools.cached_property
     def _model(self) -> Any:
-        from sentence_transformers import SentenceTransformer
+        with collector.paused():
+            from sentence_transformers import SentenceTransformer
 
         try:
             return SentenceTransformer(str(self._folder or self.name), local_files_only=self._folder is not None)

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from garbage import modules_are_no_garbage  # noqa: F401
+from garbage import modules_are_no_garbage, pytest_collection_finish  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ from langchain_core.embeddings import Embeddings
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from garbage import modules_are_no_garbage  # noqa: E402, F401
+from garbage import modules_are_no_garbage, pytest_collection_finish  # noqa: E402, F401
 
 
 class WordEmbeddings(Embeddings):

@@ -19,7 +19,7 @@ if importlib.util.find_spec("llama_index.llms.kvlink") is None:  # not installed
 
 import llama_index.core  # noqa: E402
 from corpus import DOCUMENTS, WordEmbedding  # noqa: E402
-from garbage import modules_are_no_garbage  # noqa: E402, F401
+from garbage import modules_are_no_garbage, pytest_collection_finish  # noqa: E402, F401
 from llama_index.core import Document, Settings, VectorStoreIndex  # noqa: E402
 from llama_index.core.node_parser import SentenceSplitter  # noqa: E402
 from llama_index.llms.kvlink import KVLinkIngestion, KVLinkLLM  # noqa: E402
