@@ -7,15 +7,18 @@ does not depend on how many there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 import torch
 
 S = TypeVar("S")
 T = TypeVar("T")
+AHEAD = 2  # pieces a core: one is computed, the next may begin before anybody took the result
 
 
 @contextmanager
@@ -29,10 +32,11 @@ def one_core() -> Iterator[None]:
         torch.set_num_threads(number)
 
 
-def on_cores(work: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """work(item) of each, in order: in rounds of as many as torch may use cores, each item on one.
+def on_cores(work: Callable[[S], T], items: Sequence[S]) -> Generator[T]:
+    """work(item) of each, in order: as many at once as torch may use cores, each item on one.
 
-    A round is over before the first of its results is yielded, so nothing computes while the caller has its turn.
+    The next compute while the caller has its turn, so the caller's own tensor work is on one core as well, until all
+    are through. Whoever may leave before that closes the generator (`contextlib.closing`), on the thread that began it.
     """
     number = min(torch.get_num_threads(), len(items))
     if number <= 1:
@@ -41,8 +45,15 @@ def on_cores(work: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
                 result = work(item)
             yield result
         return
-    with ThreadPoolExecutor(number, "kvlink-core", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for start in range(0, len(items), number):
-            with one_core():  # torch keeps the number that was set last for threads to come
-                results = list(pool.map(work, items[start : start + number]))
-            yield from results
+    # torch keeps the number that was set last, and uses it in all threads
+    with one_core(), ThreadPoolExecutor(number, "kvlink-core", torch.set_num_threads, (1,)) as pool:
+        left = iter(items)
+        begun = deque(pool.submit(work, item) for item in islice(left, AHEAD * number))
+        try:
+            while begun:
+                result = begun.popleft().result()
+                begun.extend(pool.submit(work, item) for item in islice(left, 1))
+                yield result
+        finally:
+            for future in begun:
+                future.cancel()

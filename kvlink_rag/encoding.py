@@ -9,8 +9,9 @@ rows, their length padded to a bucket.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from itertools import chain, groupby, islice
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -77,8 +78,11 @@ class Encoder:
         """The ids of a chunk: its text in the template, alone. No control token stands in the text's span."""
         return (*self._before, *self.model.tokenizer.plain_ids(text), *self._after)
 
-    def encode(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, KV]]:
-        """Yield (index, KV) of each chunk, given as token ids, in order of length."""
+    def encode(self, chunks: Sequence[tuple[int, ...]]) -> Generator[tuple[int, KV]]:
+        """Yield (index, KV) of each chunk, given as token ids, in order of length.
+
+        To be closed by whoever may leave before the last (`contextlib.closing`): see `on_cores`.
+        """
         self._prefix  # noqa: B018 - computed here, not by several threads at once
         batches = list(self._batches(chunks))
         is_cpu = self.model.device.type == "cpu"
@@ -87,8 +91,11 @@ class Encoder:
         def encoded(batch: list[int]) -> list[tuple[int, KV]]:
             return self._encode_batch(batch, chunks)
 
-        for results in chain(on_cores(encoded, batches[:num_short]), map(encoded, batches[num_short:])):
-            yield from results
+        with closing(on_cores(encoded, batches[:num_short])) as short:
+            for results in short:
+                yield from results
+        for batch in batches[num_short:]:
+            yield from encoded(batch)
 
     def encode_alone(self, ids: tuple[int, ...]) -> KV:
         """KV of a prompt's prefix: what stands at position 0 sees no encoding prefix."""

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -255,12 +256,13 @@ class Ingestion:
                 wanted = [c.kv_key for work in group for c in work.chunks if c.kv_key in left]
                 ids = [left.pop(key) for key in dict.fromkeys(wanted)]
                 writes: deque[Future[int]] = deque()
-                for _, kv in self._encoder.encode(ids):
-                    if len(writes) == MAX_WAITING:
-                        written += writes.popleft().result()
-                    writes.append(writer.submit(self._kvs.put, self._kvs.at_rest(kv)))
-                    done += 1
-                    report("encoding", done, len(to_encode))
+                with closing(self._encoder.encode(ids)) as encoded:
+                    for _, kv in encoded:
+                        if len(writes) == MAX_WAITING:
+                            written += writes.popleft().result()
+                        writes.append(writer.submit(self._kvs.put, self._kvs.at_rest(kv)))
+                        done += 1
+                        report("encoding", done, len(to_encode))
                 written += sum(write.result() for write in writes)
                 self._index_group(group)
         return written

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 
 from kvlink_rag.compute import ComputeThread, Job
@@ -49,10 +50,11 @@ class KVSource:
         """Compute and store chunks. They are used exactly as they would read back, whatever precision is stored."""
         wanted = list(dict.fromkeys(chunk_ids))
         encoded: dict[tuple[int, ...], StoredKV] = {}
-        for number, computed in self._encoder.encode(wanted):
-            encoded[wanted[number]] = kv = self._kvs.at_rest(computed)
-            if keep:
-                self._keep(kv)
+        with closing(self._encoder.encode(wanted)) as coming:
+            for number, computed in coming:
+                encoded[wanted[number]] = kv = self._kvs.at_rest(computed)
+                if keep:
+                    self._keep(kv)
         return encoded
 
     def stored(self, ids: tuple[int, ...]) -> StoredKV | None:

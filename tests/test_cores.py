@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+from concurrent.futures import Future
+from contextlib import closing
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_results_come_in_order_each_computed_on_one_core(number, cores):
     assert threads_of_a_new_thread() == number
 
 
-def test_nothing_computes_while_the_caller_has_its_turn(cores):
+def test_no_more_than_two_a_core_are_begun_before_results_are_taken(cores):
     cores(2)
     begun: list[int] = []
 
@@ -51,8 +53,40 @@ def test_nothing_computes_while_the_caller_has_its_turn(cores):
         begun.append(item)
         return item
 
-    for item in on_cores(work, range(6)):
-        assert sorted(begun) == list(range(item // 2 * 2 + 2))
+    for item in on_cores(work, range(12)):
+        assert len(begun) <= item + 1 + 2 * 2
+
+
+def test_the_next_compute_while_the_caller_has_its_turn(cores):
+    cores(2)
+    third = threading.Event()
+    for item in on_cores(lambda item: third.set() if item == 2 else None, range(3)):
+        assert third.wait(timeout=60), item
+
+
+def test_who_leaves_early_gets_the_cores_back_and_nothing_more_is_begun(cores, monkeypatch):
+    cores(2)
+    begun: list[int] = []
+    all_cancelled = threading.Event()
+    cancel, num_cancelled = Future.cancel, iter(range(1, 5))
+
+    def noted(future):
+        cancelled = cancel(future)
+        if next(num_cancelled) == 4:
+            all_cancelled.set()
+        return cancelled
+
+    def work(item: int) -> None:
+        begun.append(item)
+        assert item == 0 or all_cancelled.wait(timeout=5)
+
+    monkeypatch.setattr(Future, "cancel", noted)
+    with closing(on_cores(work, range(20))) as results:
+        next(results)
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    assert threads_of_a_new_thread() == 2
+    assert set(begun) <= {0, 1, 2}
 
 
 def test_two_are_under_way_at_once(cores):
@@ -70,7 +104,7 @@ def test_what_fails_is_raised_and_the_cores_are_given_back(cores):
         return item
 
     got = on_cores(work, range(6))
-    assert [next(got), next(got)] == [0, 1]
+    assert [next(got), next(got), next(got)] == [0, 1, 2]
     with pytest.raises(ValueError, match="item 3"):
         next(got)
     assert torch.get_num_threads() == 2
