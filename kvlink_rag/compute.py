@@ -101,6 +101,10 @@ class ComputeThread:
         self._submit(job)
         return job
 
+    def is_wanted(self) -> bool:
+        """Whether others wait for the thread."""
+        return not self._jobs.empty()
+
     def give_way(self, seconds: float = 0.2) -> None:
         """Perform what others wait for, for about so long; called by long work between its steps, on the thread."""
         if threading.current_thread() is not self._thread:

@@ -16,6 +16,7 @@ from itertools import groupby, islice
 import torch
 from torch import Tensor
 
+from kvlink_rag.compute import compute
 from kvlink_rag.config import DEFAULT_ENCODING_PREFIX
 from kvlink_rag.cores import on_cores, one_core
 from kvlink_rag.errors import BadInput
@@ -91,7 +92,7 @@ class Encoder:
         def encoded(batch: list[int]) -> list[tuple[int, KV]]:
             return self._encode_batch(batch, chunks)
 
-        with closing(on_cores(encoded, batches[:num_short])) as short:
+        with closing(on_cores(encoded, batches[:num_short], compute.is_wanted)) as short:
             for results in short:
                 yield from results
         for batch in batches[num_short:]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import closing
 
 import pytest
@@ -45,8 +45,9 @@ def test_results_come_in_order_each_computed_on_one_core(number, cores):
     assert threads_of_a_new_thread() == number
 
 
-def test_no_more_than_two_a_core_are_begun_before_results_are_taken(cores):
-    cores(2)
+@pytest.mark.parametrize("number", [2, 5])
+def test_no_more_than_two_are_begun_ahead_of_the_cores(number, cores):
+    cores(number)
     begun: list[int] = []
 
     def work(item: int) -> int:
@@ -54,7 +55,46 @@ def test_no_more_than_two_a_core_are_begun_before_results_are_taken(cores):
         return item
 
     for item in on_cores(work, range(12)):
-        assert len(begun) <= item + 1 + 2 * 2
+        assert len(begun) <= item + 1 + number + 2
+
+
+def test_the_caller_has_all_cores_while_it_has_other_work_to_do(cores):
+    """And one else; all results come, in order."""
+    cores(2)
+    answers = iter([False, True, True, False, True, False, False, True])
+    asked: list[bool] = []
+
+    def is_wanted() -> bool:
+        asked.append(next(answers))
+        return asked[-1]
+
+    for number, item in enumerate(on_cores(lambda item: (item, torch.get_num_threads()), range(8), is_wanted)):
+        assert item == (number, 1)
+        assert torch.get_num_threads() == (2 if asked[-1] else 1)
+
+
+def test_what_computes_ends_and_what_has_not_begun_is_put_off_while_the_caller_has_other_work(cores, monkeypatch):
+    cores(2)
+    begun: list[int] = []
+    ended: list[int] = []
+    waited_for = threading.Event()
+
+    def noted(futures):
+        waited_for.set()
+        return wait(futures)
+
+    def work(item: int) -> int:
+        begun.append(item)
+        assert item not in (1, 2) or waited_for.wait(timeout=5)
+        ended.append(item)
+        return item
+
+    monkeypatch.setattr("kvlink_rag.cores.wait", noted)
+    results = on_cores(work, range(9), lambda: True)
+    assert next(results) == 0
+    assert sorted(begun) == sorted(ended) and 3 not in begun
+    assert list(results) == list(range(1, 9))
+    assert sorted(begun) == list(range(9))
 
 
 def test_the_next_compute_while_the_caller_has_its_turn(cores):
