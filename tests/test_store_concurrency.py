@@ -220,9 +220,7 @@ def test_files_cut_replaced_and_removed_under_their_readers_kill_nobody(quick_fo
 FORKS = """
 import multiprocessing, os, sys, threading
 from kvlink_rag.store.disk import DiskStore
-store = DiskStore(sys.argv[1], max_bytes=2**30)
 key = lambda n: f"{n:064x}"
-store.put(key(0), b"before" * 1000)
 
 def child(n):
     assert bytes(store.get(key(0))) == b"before" * 1000
@@ -247,7 +245,9 @@ def opened(folder, n):
     other.put(key(n), b"child" * 1000)
     other.close()
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # not in processes that are spawned: they would write the first entry anew
+    store = DiskStore(sys.argv[1], max_bytes=2**30)
+    store.put(key(0), b"before" * 1000)
     before = len(os.listdir("/proc/self/fd"))
     stop = threading.Event()
     reader = threading.Thread(target=lambda: [store.get(key(0)) for _ in iter(stop.is_set, True)])
