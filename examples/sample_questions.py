@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from kvlink_rag import KVLinkRAG
-from kvlink_rag.config import DEFAULT_ENCODING_PREFIX
+from kvlink_rag.encoding_prefix import DEFAULT_ENCODING_PREFIX
 from kvlink_rag.evaluation.scores import score
 
 HERE = Path(__file__).parent

@@ -8,11 +8,6 @@ from kvlink_rag.errors import BadInput
 
 DEFAULT_STORE = "kvlink_store"
 DEFAULT_SYSTEM = "You answer the question from the documents. Answer briefly, with the words of the documents."
-# What every chunk sees while it is encoded. It lends each chunk the attention sink and the task that a document in a
-# full prompt finds before it. Fixed, and apart from the system message, which may change without touching the store.
-DEFAULT_ENCODING_PREFIX = (
-    "You answer the question from the documents. Answer briefly, with the words of the documents.\n\n"
-)
 PUBLIC = "public"  # the namespace that all share who name no other
 UNTRAINED = "untrained"  # in place of a link checkpoint: none, not even the one that is shipped
 AUTO = "auto"  # in place of a linking: link_tokens where trained ones are at hand, else one that needs no training

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kvlink_rag.compute import compute
-from kvlink_rag.config import DEFAULT_ENCODING_PREFIX
 from kvlink_rag.cores import on_cores, one_core
+from kvlink_rag.encoding_prefix import CHUNK_TEMPLATE, DEFAULT_ENCODING_PREFIX
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv import KV
 from kvlink_rag.model import LanguageModel
@@ -28,7 +28,6 @@ from kvlink_rag.recipe import Recipe
 NUM_ROWS = 4
 BUCKET_TOKENS = 32
 ONE_CORE_TOKENS = 512  # a CPU reads chunks up to this length side by side
-CHUNK_TEMPLATE = "Document:\n{text}\n\n"
 
 
 def canonical_shape(device: torch.device) -> tuple[int, int]:

@@ -22,7 +22,6 @@ from kvlink_rag.chunking import chunk_text
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
     AUTO,
-    DEFAULT_ENCODING_PREFIX,
     DEFAULT_STORE,
     PUBLIC,
     UNTRAINED,
@@ -30,7 +29,8 @@ from kvlink_rag.config import (
     StoreSettings,
 )
 from kvlink_rag.default_models import DEFAULT_MODEL
-from kvlink_rag.encoding import CHUNK_TEMPLATE, Encoder
+from kvlink_rag.encoding import Encoder
+from kvlink_rag.encoding_prefix import CHUNK_TEMPLATE, DEFAULT_ENCODING_PREFIX
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import Ingestion, Progress
 from kvlink_rag.kv_source import KVSource

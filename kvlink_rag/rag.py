@@ -16,7 +16,6 @@ from kvlink_rag.batching import Batch
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
     AUTO,
-    DEFAULT_ENCODING_PREFIX,
     DEFAULT_K,
     DEFAULT_STORE,
     DEFAULT_SYSTEM,
@@ -26,7 +25,7 @@ from kvlink_rag.config import (
 )
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
 from kvlink_rag.embedder import Embedder
-from kvlink_rag.encoding import CHUNK_TEMPLATE
+from kvlink_rag.encoding_prefix import CHUNK_TEMPLATE, DEFAULT_ENCODING_PREFIX
 from kvlink_rag.engine import KVLinkEngine, checked
 from kvlink_rag.errors import BadInput, NotAStore
 from kvlink_rag.ingestion import AddPlan, Ingestion, Progress

@@ -10,6 +10,7 @@ from test_exactness import model_of, random_links
 
 from kvlink_rag import KVLinkEngine, KVLinkRAG
 from kvlink_rag.encoding import Encoder
+from kvlink_rag.encoding_prefix import TASK, WITH_STAND_IN
 from kvlink_rag.errors import BadInput
 from kvlink_rag.evaluation import check as checking
 from kvlink_rag.evaluation.agreement import compare
@@ -49,6 +50,16 @@ def test_a_full_prefill_agrees_with_itself_and_holds_answers_as_likely(tiny):
     found = compare(Encoder(tiny), LinkTokens.untrained(tiny), own_questions()[:2], ["full", "plain"], silent)
     assert found["full"].same == found["full"].tokens and max(map(abs, found["full"].gap)) < 1e-4
     assert len(found["plain"].gap) == 2 and max(map(abs, found["plain"].gap)) > 1e-3
+
+
+def test_kv_comes_nearer_to_a_full_prefill_behind_what_stands_before_it_in_a_prompt(smollm):
+    """The real model, its links untrained: what an encoding prefix is for."""
+    examples, links = own_questions()[:6:3], LinkTokens.untrained(smollm)
+    alone, task, document = (
+        compare(Encoder(smollm, encoding_prefix=prefix), links, examples, ["plain"], silent)["plain"].agreement().kl
+        for prefix in ("", TASK, WITH_STAND_IN)
+    )
+    assert max(task, document) < alone / 2
 
 
 def test_every_question_that_comes_along_has_its_answer_in_the_documents():
