@@ -60,6 +60,9 @@ def train(
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of weights and adapters.")] = 5e-4,
     link_learning_rate: Annotated[float, typer.Option("--link-learning-rate", help="Of the links.")] = 5e-3,
     lora_rank: Annotated[int, typer.Option("--lora-rank", help="Rank of the adapter.", min=1)] = 16,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time; with --trainable lora or full.")
+    ] = False,
     limit: Annotated[int | None, typer.Option("--limit", help="Examples per file.", min=1)] = None,
     save_minutes: Annotated[float, typer.Option("--save-minutes", help="A crash loses no more than this.")] = 5.0,
     kv: Annotated[Path | None, typer.Option("--kv", help="Folder in which documents' KV is kept between runs.")] = None,
@@ -91,6 +94,7 @@ def train(
         learning_rate=learning_rate,
         link_learning_rate=link_learning_rate,
         lora_rank=lora_rank,
+        gradient_checkpointing=gradient_checkpointing,
         save_minutes=save_minutes,
         seed=seed,
     )

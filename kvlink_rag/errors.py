@@ -8,6 +8,7 @@ KVLinkError
 ├── MissingModel         a default model's package is not installed
 ├── MissingExtra         an optional dependency is not installed
 ├── CheckpointMismatch   a link checkpoint or adapter was made for another base model
+├── Diverged             training has lost its way, and nothing is learnt any more
 └── StoreError
     ├── NotAStore        the folder holds something else
     ├── CannotStore      an entry could not be written, or not be removed
@@ -49,6 +50,10 @@ class MissingExtra(KVLinkError, ImportError):
 
 class CheckpointMismatch(KVLinkError):
     """A link checkpoint or adapter was made for another base model."""
+
+
+class Diverged(KVLinkError):
+    """Training has lost its way: its loss is no number, and nothing is learnt any more."""
 
 
 class StoreError(KVLinkError):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvlink_rag.config import DEFAULT_SYSTEM
 from kvlink_rag.errors import BadInput
 from kvlink_rag.types import Document
 
@@ -31,6 +32,11 @@ class Example:
     documents: tuple[Document, ...]
     gold: frozenset[int] = frozenset()  # places of the documents that support the answer; empty where unknown
     wanted: str = ANSWER
+
+
+def system_for(documents: Sequence[Document]) -> str | None:
+    """The system message that a question over documents is asked under; a plain prompt has none."""
+    return DEFAULT_SYSTEM if documents else None
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:

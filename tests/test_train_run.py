@@ -10,7 +10,7 @@ import torch
 from tiny_models import build_hf, byte_tokenizer
 
 from kvlink_rag import KVLinkEngine, LanguageModel
-from kvlink_rag.errors import BadInput, CheckpointMismatch
+from kvlink_rag.errors import BadInput, CheckpointMismatch, Diverged
 from kvlink_rag.questions import Example, read_examples, read_passages
 from kvlink_rag.training.lessons import draw, make_lessons
 from kvlink_rag.training.train import train
@@ -65,6 +65,34 @@ def test_twenty_steps_lower_the_loss(trainable, base, tmp_path):
     assert sum(losses[step] for step in range(17, 21)) < 0.95 * sum(losses[step] for step in range(1, 5))
 
 
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_plain_instructions_are_learnt_beside_questions(trainable, base, tmp_path):
+    """The paper's mixture: over documents alone a model would forget the rest."""
+    plain = [Example(f"Say {colour}.", (colour,), ()) for colour in COLOURS]
+    losses = run(base, tmp_path / "out", trainable=trainable, data=plain + examples(4), causal_share=0.5)
+    assert sum(losses[step] for step in range(17, 21)) < 0.95 * sum(losses[step] for step in range(1, 5))
+
+
+@pytest.mark.parametrize("trainable", ["links", "reader"])
+def test_plain_instructions_are_refused_where_nothing_is_learnt_from_them(trainable, base, tmp_path):
+    data = [*examples(2), Example("Say red.", ("red",), ())]
+    with pytest.raises(BadInput, match=r"without documents in boxes \(1\).*untouched model"):
+        run(base, tmp_path / "out", trainable=trainable, data=data)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_gradient_checkpointing_learns_the_same(trainable, base, tmp_path):
+    kept = run(base, tmp_path / "a", steps=4, trainable=trainable)
+    computed_again = run(base, tmp_path / "b", steps=4, trainable=trainable, gradient_checkpointing=True)
+    assert computed_again == pytest.approx(kept, rel=1e-4)
+
+
+def test_training_that_diverges_stops_and_says_so(base, tmp_path):
+    with pytest.raises(Diverged, match=r"loss of step [23] is (nan|inf).*lower learning rate"):
+        run(base, tmp_path / "out", trainable="full", steps=8, learning_rate=1e35)
+    assert not (tmp_path / "out" / "kvlink.json").exists()
+
+
 @pytest.mark.parametrize("objective", ["distill", "mixed"])
 def test_a_teacher_s_words_can_be_learnt(objective, base, tmp_path):
     losses = run(base, tmp_path / "out", trainable="reader", objective=objective)
@@ -96,9 +124,15 @@ def test_a_stopped_run_goes_on_where_it_stood(base, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(base, tmp_path / "out", steps=8, report=stop_at_5)
     assert not (tmp_path / "out" / "kvlink.json").exists()
-    steps = []
-    resumed = run(base, tmp_path / "out", steps=8, resume=True, report=lambda figures: steps.append(figures["step"]))
+    steps, told = [], []
+
+    def hear(figures):
+        steps.append(figures["step"])
+        told.append(figures["loss"])
+
+    resumed = run(base, tmp_path / "out", steps=8, resume=True, report=hear)
     assert steps == [6, 7, 8]
+    assert told[0] == resumed[4]  # the last that was known
     assert {step: resumed[step] for step in steps} == pytest.approx({step: whole[step] for step in steps}, rel=0.01)
 
 
@@ -199,6 +233,7 @@ def test_a_loaded_reader_is_what_was_trained(base, tmp_path):
         ({"trainable": "links", "num_link_tokens": 0}, "nothing to train"),
         ({"min_docs": 5, "max_docs": 2}, "in order"),
         ({"steps": 0}, "at least 1"),
+        ({"trainable": "reader", "gradient_checkpointing": True}, "for 'lora' and 'full'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, words):

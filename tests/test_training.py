@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import masked_logits
 from tiny_models import FAMILIES, build
+from torch.autograd.graph import saved_tensors_hooks
 
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.joining import LinkRequest
@@ -19,7 +20,7 @@ from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.training.layout import Turn, lay_out
 from kvlink_rag.training.learner import Learner, Step
-from kvlink_rag.training.objectives import distill
+from kvlink_rag.training.objectives import answers, distill
 
 TEXTS = ["The horn can be heard for miles.", "A ferry leaves at noon, and one at dusk.", "Sand."]
 QUESTIONS = [("How far?", "miles"), ("When does the ferry leave?", "at noon")]
@@ -127,6 +128,26 @@ def test_the_training_mask_is_the_oracle_s(model, source):
     places = ((layout.predicts >= 0) & (layout.turn == 0)).nonzero()[:, 0]
     logits = learner.logits(step, layout, places).detach()
     assert (logits - expected[places]).abs().max() < 1e-4
+
+
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(model, source):
+    """For every family: what a layer computed is not kept for the way back."""
+    step, found = step_for(model, source), []
+    for checkpointing in (False, True):
+        learner = Learner(
+            model, source, random_links(model), trainable="full", gradient_checkpointing=checkpointing
+        ).train()
+        kept: list[torch.Tensor] = []
+        with saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda tensor: tensor):
+            loss = learner([step], answers)["loss"]
+        learner.hf.zero_grad()
+        loss.backward()
+        weight = next(parameter for name, parameter in learner.hf.named_parameters() if "layers.0" in name)
+        found.append((sum(tensor.nbytes for tensor in kept), weight.grad.clone(), learner.links.grad.clone()))
+    (kept, weight, links), (kept_less, same_weight, same_links) = found
+    assert kept_less < kept / 2
+    assert (weight - same_weight).abs().max() < 1e-5 * weight.abs().max()
+    assert (links - same_links).abs().max() < 1e-5 * links.abs().max()
 
 
 def test_a_model_is_its_own_teacher_where_nothing_is_linked(source, model):

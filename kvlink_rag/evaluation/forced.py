@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kvlink_rag.chunking import chunk_text
-from kvlink_rag.config import DEFAULT_SYSTEM
 from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.generation import predict
@@ -16,7 +15,7 @@ from kvlink_rag.kv import KV, StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.prompt import Prompt, build_prompt
-from kvlink_rag.questions import Example
+from kvlink_rag.questions import Example, system_for
 
 
 class Forcing:
@@ -71,7 +70,7 @@ class Forcing:
 
 
 def prompt_of(encoder: Encoder, example: Example) -> Prompt:
-    """The example as it is asked: its documents as chunks under the default system message."""
+    """The example as it is asked: its documents as chunks under the default system message, or plainly where none."""
     chunk_ids = [encoder.token_ids(chunk_text(item.text, item.title)) for item in example.documents]
     messages = [{"role": "user", "content": example.question}]
-    return build_prompt(encoder.model.tokenizer, messages, chunk_ids, system=DEFAULT_SYSTEM)
+    return build_prompt(encoder.model.tokenizer, messages, chunk_ids, system=system_for(example.documents))

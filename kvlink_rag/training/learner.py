@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.links import LinkTokens
@@ -22,6 +23,7 @@ from kvlink_rag.model import LanguageModel
 from kvlink_rag.training.layout import Layout
 
 TRAINABLE = ("links", "reader", "lora", "full")
+OVER_STORED = ("links", "reader")  # these change nothing of how documents are read, and run over their stored KV
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Learner(nn.Module):
     """Links [slots * K, hidden] in float32, and the model with what of it is trained.
 
     trainable: "links" (nothing else), "reader" (an adapter for all that is computed at question time), "lora" (an
-    adapter for documents too) or "full" (all weights).
+    adapter for documents too) or "full" (all weights). gradient_checkpointing: keep no activation inside a layer, and
+    compute it again on the way back; not over stored KV.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Learner(nn.Module):
         *,
         trainable: str,
         lora: Any = None,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.model, self.source, self.trainable = model, source, trainable
@@ -62,12 +66,18 @@ class Learner(nn.Module):
             from peft import get_peft_model
 
             self.peft = get_peft_model(self.hf, lora)
-        self.reads_stored_kv = trainable in ("links", "reader")
+        self.reads_stored_kv = trainable in OVER_STORED
+        if gradient_checkpointing:
+            enable = getattr(self.hf, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+            (enable or self.hf.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def train(self, mode: bool = True) -> Learner:
         """The model itself stays as it answers: nothing is dropped at random."""
         super().train(mode)
         self.hf.eval()
+        for module in self.hf.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode  # of the layer alone: what it checkpoints by, not what is inside it
         return self
 
     def link_tokens(self, name: str) -> LinkTokens:
@@ -119,9 +129,9 @@ class Learner(nn.Module):
         """Run the whole sequence under the mask."""
         rows = torch.arange(len(layout.ids))
         mask = self._mask(layout.visible(), layout.position[:, None] - layout.position[None, :])
-        return self._run(layout, rows, mask, places, DynamicCache())
+        return self._run(layout, rows, mask, places, None)
 
-    def _run(self, layout: Layout, rows: Tensor, mask: Any, places: Tensor, cache: Cache) -> Tensor:
+    def _run(self, layout: Layout, rows: Tensor, mask: Any, places: Tensor, cache: Cache | None) -> Tensor:
         device = self.model.device
         ids, link = layout.ids[rows].to(device), layout.link[rows].to(device)
         embeds = self.hf.get_input_embeddings()(ids)
@@ -133,7 +143,7 @@ class Learner(nn.Module):
             inputs_embeds=embeds[None],
             position_ids=layout.position[rows].to(device)[None],
             attention_mask=mask,
-            use_cache=True,
+            use_cache=cache is not None,
             logits_to_keep=places.to(device),
             **{self.model.cache_argument: cache},
         )

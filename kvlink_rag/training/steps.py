@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch.utils.data import Dataset
 
 from kvlink_rag.chunking import chunk_text
-from kvlink_rag.config import DEFAULT_SYSTEM
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.prompt import build_prompt, stop_ids
+from kvlink_rag.questions import system_for
 from kvlink_rag.training.layout import Turn, lay_out
 from kvlink_rag.training.learner import Step
 from kvlink_rag.training.lessons import Asked, Lesson, draw
@@ -68,7 +68,7 @@ class Steps(Dataset[Step]):
             chunk_ids.append(ids)
             kept.add(document.text)
         asked = [item for item in lesson.asked if item.needs <= kept] or list(lesson.asked[:1])
-        prefix_ids, turns = self._turns(asked)
+        prefix_ids, turns = self._turns(asked, system_for(lesson.documents))
         num_links = 0 if causal else chosen.num_links
         linked = lay_out(
             prefix_ids,
@@ -82,13 +82,13 @@ class Steps(Dataset[Step]):
         teacher = lay_out(prefix_ids, chunk_ids, turns, causal=True) if chosen.with_teacher else None
         return Step(prefix_ids, tuple(chunk_ids), linked, teacher)
 
-    def _turns(self, asked: Sequence[Asked]) -> tuple[tuple[int, ...], list[Turn]]:
+    def _turns(self, asked: Sequence[Asked], system: str | None) -> tuple[tuple[int, ...], list[Turn]]:
         tokenizer = self._encoder.model.tokenizer
         end = stop_ids(tokenizer) or self._encoder.model.end_ids[:1]
         prefix: tuple[int, ...] = ()
         turns = []
         for item in asked:
-            prompt = build_prompt(tokenizer, [{"role": "user", "content": item.question}], [], system=DEFAULT_SYSTEM)
+            prompt = build_prompt(tokenizer, [{"role": "user", "content": item.question}], [], system=system)
             prefix = prompt.prefix_ids
             turns.append(Turn(prompt.question_ids, (*tokenizer.plain_ids(item.answer), *end)))
         return prefix, turns

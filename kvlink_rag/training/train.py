@@ -24,7 +24,7 @@ from kvlink_rag.model import LanguageModel, weights_digest
 from kvlink_rag.questions import Example
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.training.learner import Learner
+from kvlink_rag.training.learner import OVER_STORED, Learner
 from kvlink_rag.training.lessons import make_lessons
 from kvlink_rag.training.steps import Pool, Steps, StepSettings
 from kvlink_rag.training.trainer import Report, TrainSettings, run
@@ -44,7 +44,9 @@ def train(
 ) -> dict[str, Any]:
     """Train links for `model`, with an adapter if the settings say so, and write the checkpoint to `out`.
 
-    data: examples by name; weights: how often each is drawn, 1 where not given. What resuming needs is kept in
+    data: examples by name; weights: how often each is drawn, 1 where not given. Those without documents (plain
+    instructions) keep an adapter for documents, or all weights, from forgetting the rest; others learn nothing of
+    them. What resuming needs is kept in
     `out`/run. kv_folder keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too.
     The model is changed and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says.
     Raises BadInput.
@@ -54,6 +56,13 @@ def train(
     unknown = sorted(set(weights) - set(data))
     if unknown or not any(data.values()):
         raise BadInput(f"weights for unknown data: {', '.join(unknown)}" if unknown else "the data hold no example")
+    alone = {name: sum(not example.documents for example in examples) for name, examples in data.items()}
+    if settings.trainable in OVER_STORED and any(alone.values()):
+        found = ", ".join(f"{name} ({number})" for name, number in alone.items() if number)
+        raise BadInput(
+            f"examples without documents in {found}: trainable {settings.trainable!r} learns nothing from them, since "
+            f"plain prompts are answered by the untouched model; leave them out, or train 'lora' or 'full'"
+        )
     folder = Path(kv_folder) if kv_folder is not None else out / "run" / "kv"
 
     def work(job: Job) -> dict[str, Any]:
@@ -103,7 +112,14 @@ def _train(
         # under a name of its own: encoded in any company, so never to be served
         kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
         source = KVSource(encoder, kvs)
-        learner = Learner(model, source, links, trainable=settings.trainable, lora=lora)
+        learner = Learner(
+            model,
+            source,
+            links,
+            trainable=settings.trainable,
+            lora=lora,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
         log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
     about = {
         "trainable": settings.trainable,

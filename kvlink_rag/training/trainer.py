@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from kvlink_rag.compute import Cancelled
-from kvlink_rag.errors import BadInput
-from kvlink_rag.training.learner import TRAINABLE, Learner, Step
+from kvlink_rag.errors import BadInput, Diverged
+from kvlink_rag.training.learner import OVER_STORED, TRAINABLE, Learner, Step
 from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
 from kvlink_rag.training.steps import Steps
 
@@ -44,6 +44,7 @@ class TrainSettings:
     link_learning_rate: float = 5e-3
     warmup: float = 0.05
     lora_rank: int = 16
+    gradient_checkpointing: bool = False
     save_minutes: float = 5.0
     seed: int = 0
 
@@ -54,6 +55,11 @@ class TrainSettings:
             raise BadInput(f"objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         if self.trainable == "links" and self.num_link_tokens < 1:
             raise BadInput("with trainable 'links' and no link tokens there is nothing to train")
+        if self.gradient_checkpointing and self.trainable in OVER_STORED:
+            raise BadInput(
+                f"gradient checkpointing is for 'lora' and 'full'; {self.trainable!r} runs no document through the "
+                f"model; a smaller batch or fewer max_turns need less memory there"
+            )
         if not 1 <= self.min_docs <= self.max_docs:
             raise BadInput(f"min_docs {self.min_docs} and max_docs {self.max_docs} must be positive and in order")
         for name in ("steps", "batch", "accumulate", "slots", "max_turns", "lora_rank", "max_tokens"):
@@ -123,6 +129,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(inputs["steps"], self.objective)
+        if not torch.isfinite(outputs["loss"]):  # the library would log over it and go on with broken weights
+            raise Diverged(
+                f"the loss of step {self.state.global_step + 1} is {outputs['loss'].item()}: nothing is learnt any "
+                f"more; start anew in another folder, with a lower learning rate or in float32"
+            )
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -164,6 +175,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = self._saved = time.monotonic()
         self._first = state.global_step
+        self._loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), self._loss)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self._loss = (logs or {}).get("loss", self._loss)
