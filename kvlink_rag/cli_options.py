@@ -24,7 +24,7 @@ Store = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal LM; default: SmolLM2-135M-Instruct.")]
 Embedder = Annotated[str, typer.Option("--embedder", help="Folder or hub id of a sentence-transformers model.")]
 Links = Annotated[
-    str | None, typer.Option("--links", help="Folder of a link checkpoint for this model; untrained: none.")
+    str | None, typer.Option("--links", help="Folder or hub id of a link checkpoint for this model; untrained: none.")
 ]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEFT adapter.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]

@@ -67,6 +67,9 @@ def train(
     save_minutes: Annotated[float, typer.Option("--save-minutes", help="A crash loses no more than this.")] = 5.0,
     kv: Annotated[Path | None, typer.Option("--kv", help="Folder in which documents' KV is kept between runs.")] = None,
     kv_gib: Annotated[float, typer.Option("--kv-gib", help="Budget of that folder in GiB.")] = 10.0,
+    export: Annotated[
+        bool, typer.Option("--export", help="Only write the checkpoint of what the run in --out last saved.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of data order and initial weights.")] = 0,
     dtype: Dtype = "auto",
@@ -76,9 +79,16 @@ def train(
     """Train link tokens for a model, and with --trainable reader, lora or full what reads them."""
     from kvlink_rag.questions import read_examples, read_passages
     from kvlink_rag.training.study import studied
+    from kvlink_rag.training.train import export_saved
     from kvlink_rag.training.train import train as run_training
     from kvlink_rag.training.trainer import TrainSettings
 
+    if export:
+        if data or store or resume:
+            raise BadInput("--export trains nothing; leave out --data, --store and --resume")
+        language_model, _ = loaded_model(model, dtype, device, links=UNTRAINED)
+        _say(export_saved(language_model, out), out, as_json)
+        return
     settings = TrainSettings(
         trainable=trainable,
         objective=objective,
@@ -150,5 +160,8 @@ def _say(about: dict[str, Any], out: Path, as_json: bool) -> None:
     losses = [entry["loss"] for entry in about["log"]]
     course = f"; loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
     num_examples, steps = sum(about["data"].values()), about["settings"]["steps"]
-    print(f"{out}: {num_examples:,} examples, {steps} steps{course}; {about['seconds']} s")
+    last = about["log"][-1]["step"] if losses else 0
+    reached = f"{steps} steps" if "seconds" in about else f"step {last} of {steps}"
+    took = f"; {about['seconds']} s" if "seconds" in about else ""
+    print(f"{out}: {num_examples:,} examples, {reached}{course}{took}")
     print(f"answer with it: kvlink ask QUESTION --links {out}")

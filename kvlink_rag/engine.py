@@ -132,10 +132,10 @@ class KVLinkEngine:
     ) -> Self:
         """Load the model and open the store.
 
-        model: folder, hub id or the default's name. links: folder of a link checkpoint for this very model; None: the
-        one that comes with this package, if it has one for the model; "untrained": none. adapter: PEFT folder.
-        precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`). namespace: see `within`.
-        Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
+        model: folder, hub id or the default's name. links: folder or hub id of a link checkpoint for this very model;
+        None: the one that comes with this package, if it has one for the model; "untrained": none. adapter: PEFT
+        folder. precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`). namespace: see
+        `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
         resolve_linking(linking, has_links=False)  # a wrong name or folder is said before seconds of loading
         open_folder(store, (limits or StoreSettings()).integrity_key)

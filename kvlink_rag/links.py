@@ -6,11 +6,14 @@ folder:
     kvlink.json          what it was trained for and how, and what was measured
     link.safetensors     links [slots, K, hidden]
     reader/ or adapter/  optionally a PEFT adapter: for all that is computed at question time, or for documents too
+
+`kvlink.json` names the digests of the others, so that parts of two checkpoints are never taken for one.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +26,16 @@ from torch import Tensor
 
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.errors import BadInput, CheckpointMismatch
+from kvlink_rag.hub import hub_folder
 from kvlink_rag.model import LanguageModel, model_folder, model_origin, weights_digest
-from kvlink_rag.recipe import Recipe
+from kvlink_rag.recipe import Recipe, file_digest
 
 DEFAULT_NUM_LINKS = 5
 SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = 1
+_PARTS = ("link.safetensors", *(f"{part}/{name}" for part in ("reader", "adapter") for name in
+          ("adapter_config.json", "*.safetensors")))  # fmt: skip
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Read what a folder holds. Raises CheckpointMismatch."""
-        folder = Path(folder)
+        """Read what a folder, or a hub repository, holds. Raises CheckpointMismatch, BadInput."""
+        is_hub_id = _HUB_ID.fullmatch(str(folder)) and not Path(folder).exists()
+        folder = hub_folder(str(folder), ["kvlink.json", *_PARTS], "checkpoint") if is_hub_id else Path(folder)
         try:
             about = json.loads((folder / "kvlink.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
@@ -50,11 +58,12 @@ class Checkpoint:
             ) from error
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise CheckpointMismatch(f"{folder}: kvlink.json is not of format {FORMAT}, which this version reads")
+        _check_parts(folder, about.get("files"))
         return cls(folder, about)
 
     @classmethod
     def find(cls, model: str | Path, links: str | Path | None, adapter: str | Path | None = None) -> Checkpoint | None:
-        """The one that `links` names: a folder, None for the one shipped with the package, "untrained" for none.
+        """The one that `links` names: a folder or hub id, None for the one shipped, "untrained" for none.
 
         An adapter of the caller's own makes another model, for which none is shipped. Raises CheckpointMismatch,
         BadInput.
@@ -152,11 +161,11 @@ class LinkTokens:
 
     @classmethod
     def load(cls, folder: str | Path, model: LanguageModel) -> LinkTokens:
-        """Read a checkpoint's links. Raises CheckpointMismatch unless made for this very model."""
+        """Read a checkpoint's links. Raises CheckpointMismatch unless made for this very model, BadInput."""
         return Checkpoint.open(folder).links(model)
 
     def save(self, folder: str | Path, model: LanguageModel, about: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint folder for `model`."""
+        """Write a checkpoint folder for `model`, with the adapter that lies there already, if one does."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"links": self.embeddings.to(torch.float32).cpu().contiguous()}, folder / "link.safetensors")
@@ -168,6 +177,28 @@ class LinkTokens:
             "base_origin": model.origin,
             "num_link_tokens": per_chunk,
             "slots": slots,
+            "files": _parts(folder),
             **(about or {}),
         }
         (folder / "kvlink.json").write_text(json.dumps(written, indent=2) + "\n", "utf-8")
+
+
+def _parts(folder: Path) -> dict[str, str]:
+    """Digests of a checkpoint's files, by their path in it."""
+    paths = sorted(path for pattern in _PARTS for path in folder.glob(pattern))
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+
+
+def _check_parts(folder: Path, files: object) -> None:
+    """Raise CheckpointMismatch unless the files are those that were written together; None: it was not told which."""
+    if files is None:
+        return
+    found = _parts(folder)
+    wanted = files if isinstance(files, dict) else {}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            state = "is missing" if name not in found else "has other content" if name in wanted else "is too much"
+            raise CheckpointMismatch(
+                f"{folder}: {name} {state}, so this is not the checkpoint that its kvlink.json tells of; copy all of "
+                f"it anew, or train again"
+            )

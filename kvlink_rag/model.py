@@ -21,6 +21,7 @@ from kvlink_rag.compute import compute
 from kvlink_rag.context import ChunkLayer, ContextBuffers
 from kvlink_rag.default_models import DEFAULT_MODEL, GGUF_DIGEST, cache_folder, default_model_folder
 from kvlink_rag.errors import BadInput, UnsupportedModel
+from kvlink_rag.hub import hub_folder
 from kvlink_rag.kv import KVShape
 from kvlink_rag.prompt import stop_ids
 from kvlink_rag.recipe import config_digest, folder_digest
@@ -314,15 +315,7 @@ def _found_folder(model: str) -> Path:
         if not (Path(model) / "config.json").exists():
             raise BadInput(f"{model} holds no config.json; give the folder of a Hugging Face model")
         return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"no model {model!r}: not a folder here, and not to be had from the hub ({reason})") from error
+    return hub_folder(model, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"], "model")
 
 
 def _resolve_device(device: str) -> str:

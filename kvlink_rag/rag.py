@@ -96,9 +96,10 @@ class KVLinkRAG(KVLinkEngine):
     ) -> KVLinkRAG:
         """Load models and open the store.
 
-        model, embedder: folder, hub id or the default's name. links: folder of a link checkpoint for this very model.
-        adapter: PEFT folder. precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`).
-        namespace: see `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
+        model, embedder: folder, hub id or the default's name. links: folder or hub id of a link checkpoint for this
+        very model. adapter: PEFT folder. precision: how KV lies in the store, "model", "int8" or "int4" (see
+        `Precision`). namespace: see `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore,
+        BadInput.
         """
         return super().load(
             model,

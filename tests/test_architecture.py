@@ -28,6 +28,7 @@ LAYERS = [
         "tokens",
         "recipe",
         "chunking",
+        "hub",
         "loading",
         "matching",
         "questions",

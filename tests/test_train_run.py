@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from tiny_models import build_hf, byte_tokenizer
 
 from kvlink_rag import KVLinkEngine, LanguageModel
 from kvlink_rag.errors import BadInput, CheckpointMismatch, Diverged
+from kvlink_rag.links import Checkpoint
 from kvlink_rag.questions import Example, read_examples, read_passages
 from kvlink_rag.training.lessons import draw, make_lessons
-from kvlink_rag.training.train import train
+from kvlink_rag.training.train import export_saved, train
 from kvlink_rag.training.trainer import TrainSettings
 from kvlink_rag.types import Document
 
@@ -134,6 +136,82 @@ def test_a_stopped_run_goes_on_where_it_stood(base, tmp_path):
     assert steps == [6, 7, 8]
     assert told[0] == resumed[4]  # the last that was known
     assert {step: resumed[step] for step in steps} == pytest.approx({step: whole[step] for step in steps}, rel=0.01)
+
+
+def test_a_stopped_run_is_exported_as_it_stands_and_can_go_on(base, tmp_path):
+    def stop_at_5(figures):
+        if figures["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path / "out", trainable="reader", steps=8, report=stop_at_5)
+    about = export_saved(LanguageModel.load(base, dtype="float32"), tmp_path / "out")
+    assert [entry["step"] for entry in about["log"]] == [1, 2, 3, 4]  # the fifth's is not known when it is stopped
+    with KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "out", dtype="float32") as engine:
+        assert engine.ask("Box 1?", documents=["Box 1: red."], max_new_tokens=4).linking == "link_tokens"
+    run(base, tmp_path / "out", trainable="reader", steps=8, resume=True)
+    finished = {path: (tmp_path / "out" / path).read_bytes() for path in json.loads(kvlink_json(tmp_path))["files"]}
+    assert set(finished) == {"link.safetensors", "reader/adapter_config.json", "reader/adapter_model.safetensors"}
+    export_saved(LanguageModel.load(base, dtype="float32"), tmp_path / "out")
+    assert finished == {path: (tmp_path / "out" / path).read_bytes() for path in finished}
+
+
+def kvlink_json(folder):
+    return (folder / "out" / "kvlink.json").read_text("utf-8")
+
+
+def test_what_has_saved_nothing_cannot_be_exported(base, tmp_path):
+    def stop_at_1(figures):
+        raise BadInput("stop")
+
+    with pytest.raises(BadInput, match="no run to export"):
+        export_saved(LanguageModel.load(base, dtype="float32"), tmp_path / "out")
+    with pytest.raises(BadInput, match="stop"):
+        run(base, tmp_path / "out", report=stop_at_1)
+    with pytest.raises(BadInput, match="saved nothing yet"):
+        export_saved(LanguageModel.load(base, dtype="float32"), tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def two_checkpoints(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for name, seed in (("a", 0), ("b", 1)):
+        run(base, folder / name, trainable="reader", steps=1, seed=seed)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mix_up", "words"),
+    [
+        (lambda a, b: shutil.copy(b / "link.safetensors", a), "link.safetensors has other content"),
+        (lambda a, b: shutil.copytree(b / "reader", a / "reader", dirs_exist_ok=True), "adapter_.* has other content"),
+        (lambda a, b: shutil.rmtree(a / "reader"), "reader/adapter_config.json is missing"),
+        (lambda a, b: shutil.copytree(b / "reader", a / "adapter"), "adapter/adapter_config.json is too much"),
+    ],
+    ids=["links", "reader", "no reader", "an adapter too"],
+)
+def test_parts_of_two_checkpoints_are_never_taken_for_one(mix_up, words, two_checkpoints, base, tmp_path):
+    shutil.copytree(two_checkpoints / "a", tmp_path / "a")
+    Checkpoint.open(tmp_path / "a")
+    mix_up(tmp_path / "a", two_checkpoints / "b")
+    with pytest.raises(CheckpointMismatch, match=words):
+        KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "a", dtype="float32")
+
+
+def test_a_checkpoint_is_loaded_by_hub_id(two_checkpoints, base, tmp_path, monkeypatch):
+    """From the hub's own folder of what was downloaded before; and what is nowhere is said."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--somebody--links"
+    shutil.copytree(two_checkpoints / "a", repository / "snapshots" / "abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123", "utf-8")
+    with KVLinkEngine.load(base, tmp_path / "store", links="somebody/links", dtype="float32") as engine:
+        assert engine.links.num_per_chunk == 2 and engine.model.reader is not engine.model.hf
+    with pytest.raises(BadInput, match=r"no checkpoint 'somebody/else': not a folder here, and not to be had"):
+        KVLinkEngine.load(base, tmp_path / "store", links="somebody/else", dtype="float32")
 
 
 def test_only_the_same_run_is_resumed(base, tmp_path):

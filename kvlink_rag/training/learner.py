@@ -39,6 +39,7 @@ class Step:
 class Learner(nn.Module):
     """Links [slots * K, hidden] in float32, and the model with what of it is trained.
 
+    source: of stored KV; None where no step will run.
     trainable: "links" (nothing else), "reader" (an adapter for all that is computed at question time), "lora" (an
     adapter for documents too) or "full" (all weights). gradient_checkpointing: keep no activation inside a layer, and
     compute it again on the way back; not over stored KV.
@@ -47,7 +48,7 @@ class Learner(nn.Module):
     def __init__(
         self,
         model: LanguageModel,
-        source: KVSource,
+        source: KVSource | None,
         links: LinkTokens,
         *,
         trainable: str,
@@ -156,6 +157,7 @@ class Learner(nn.Module):
 
     def _placed(self, step: Step, layout: Layout) -> Cache:
         """Prefix and chunks at their positions, as `linking.link_tokens` places them."""
+        assert self.source is not None
         prefix, _ = self.source.prefix(step.prefix_ids)
         kvs = [prefix, *self.source.load(step.chunk_ids)]
         keys, values = torch.cat([kv.keys for kv in kvs], 2), torch.cat([kv.values for kv in kvs], 2)

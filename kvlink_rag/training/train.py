@@ -27,7 +27,9 @@ from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.training.learner import OVER_STORED, Learner
 from kvlink_rag.training.lessons import make_lessons
 from kvlink_rag.training.steps import Pool, Steps, StepSettings
-from kvlink_rag.training.trainer import Report, TrainSettings, run
+from kvlink_rag.training.trainer import Report, TrainSettings, begin, load_last, run
+
+ABOUT = "about.json"  # of a run: what its checkpoint will say besides the log
 
 
 def train(
@@ -88,8 +90,6 @@ def _train(
 ) -> dict[str, Any]:
     started = time.monotonic()
     encoder = Encoder(model)
-    lora = _lora(settings) if settings.trainable in ("reader", "lora") else None
-    links = LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots)
     pools = [
         Pool(make_lessons(examples, max_turns=settings.max_turns), weights.get(name, 1.0))
         for name, examples in data.items()
@@ -107,20 +107,6 @@ def _train(
     steps = Steps(
         pools, encoder, step_settings, size=settings.steps * settings.batch * settings.accumulate, seed=settings.seed
     )
-    torch.manual_seed(settings.seed)
-    with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
-        # under a name of its own: encoded in any company, so never to be served
-        kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
-        source = KVSource(encoder, kvs)
-        learner = Learner(
-            model,
-            source,
-            links,
-            trainable=settings.trainable,
-            lora=lora,
-            gradient_checkpointing=settings.gradient_checkpointing,
-        )
-        log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
     about = {
         "trainable": settings.trainable,
         "chunk_template": encoder.recipe.chunk_template,
@@ -128,19 +114,55 @@ def _train(
         "data": {name: len(examples) for name, examples in data.items()},
         "weights": dict(weights),
         "settings": asdict(settings),
-        "seconds": round(time.monotonic() - started),
-        "log": [{key: entry[key] for key in ("step", "loss")} for entry in log if "loss" in entry],
     }
-    return export(learner, out, about)
+    torch.manual_seed(settings.seed)
+    with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
+        # under a name of its own: encoded in any company, so never to be served
+        kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
+        learner = _learner(model, KVSource(encoder, kvs), settings)
+        begin(out / "run" / "trainer", settings, resume)
+        (out / "run" / ABOUT).write_text(json.dumps(about), "utf-8")
+        log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
+    return _export(learner, out, {**about, "seconds": round(time.monotonic() - started)}, log)
 
 
-def export(learner: Learner, out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+def export_saved(model: LanguageModel, out: str | Path) -> dict[str, Any]:
+    """Write the checkpoint of what the run in `out` last saved, finished or not; it can be resumed afterwards.
+
+    `model` is changed and must not be used afterwards. Returns what `kvlink.json` says. Raises BadInput.
+    """
+    out = Path(out)
+    try:
+        about = json.loads((out / "run" / ABOUT).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{out} holds no run to export; train with --out {out} first ({error})") from error
+    settings = TrainSettings(**about["settings"])
+
+    def work(job: Job) -> dict[str, Any]:
+        learner = _learner(model, None, settings)
+        return _export(learner, out, about, load_last(learner, out / "run" / "trainer"))
+
+    return compute.run(work)
+
+
+def _learner(model: LanguageModel, source: KVSource | None, settings: TrainSettings) -> Learner:
+    return Learner(
+        model,
+        source,
+        LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots),
+        trainable=settings.trainable,
+        lora=_lora(settings) if settings.trainable in ("reader", "lora") else None,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def _export(learner: Learner, out: Path, about: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Write what was learnt as a checkpoint that `KVLinkRAG.load(links=...)` takes."""
+    about = {**about, "log": [{key: entry[key] for key in ("step", "loss")} for entry in log if "loss" in entry]}
     if learner.trainable == "full":
         learner.hf.save_pretrained(out / "model")
         learner.model.tokenizer.hf.save_pretrained(out / "model")
         about = {**about, "base_name": "model", "base_weights": weights_digest(out / "model"), "base_origin": ""}
-    learner.link_tokens(str(out)).save(out, learner.model, about)
     if learner.peft is not None:
         folder = out / ("reader" if learner.trainable == "reader" else "adapter")
         learner.peft.save_pretrained(str(folder), safe_serialization=True)
@@ -152,7 +174,8 @@ def export(learner: Learner, out: Path, about: Mapping[str, Any]) -> dict[str, A
         weights = folder / "adapter_model.safetensors"
         halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
         save_file(halved, weights, metadata={"format": "pt"})
-    return dict(about)
+    learner.link_tokens(str(out)).save(out, learner.model, about)
+    return about
 
 
 def _lora(settings: TrainSettings) -> Any:

@@ -78,9 +78,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Train `learner` in place and return the log: one entry per logged step.
 
-    folder keeps what resuming needs; the same settings must come with it. Raises BadInput.
+    folder, which `begin` has made ready, keeps what resuming needs. Raises Diverged.
     """
-    _claim(folder, settings, resume)
     device = learner.model.device.type
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -148,6 +147,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
         load_trained(model or self.model, Path(resume_from_checkpoint) / TRAINED)
 
 
+def load_last(learner: Learner, folder: Path) -> list[dict[str, Any]]:
+    """Put what the run in `folder` saved last into `learner`; its log. Raises BadInput."""
+    last = _last_checkpoint(folder)
+    if last is None:
+        raise BadInput(f"the run in {folder} has saved nothing yet; let it run for longer than --save-minutes")
+    load_trained(learner, last / TRAINED)
+    log: list[dict[str, Any]] = json.loads((last / "trainer_state.json").read_text("utf-8"))["log_history"]
+    return log
+
+
 def trained_tensors(learner: Learner) -> dict[str, Tensor]:
     """What is trained, by name."""
     found = learner.named_parameters()
@@ -209,8 +218,11 @@ def _as_is(steps: Sequence[Step]) -> dict[str, Any]:
     return {"steps": list(steps)}
 
 
-def _claim(folder: Path, settings: TrainSettings, resume: bool) -> None:
-    """Resuming reads pickles of the library's, so it reads none but those of a run that this folder began."""
+def begin(folder: Path, settings: TrainSettings, resume: bool) -> None:
+    """Make the folder ready for a run. Raises BadInput where another run lies there, or not the one to be resumed.
+
+    Resuming reads pickles of the library's, so it reads none but those of a run that this folder began.
+    """
     about = folder / "run.json"
     written = json.dumps(asdict(settings), indent=2, sort_keys=True)
     if resume:
