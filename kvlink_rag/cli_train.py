@@ -25,6 +25,7 @@ from kvlink_rag.errors import BadInput, KVLinkError
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Folder of the checkpoint.")],
     data: Annotated[
         list[str] | None,
@@ -78,16 +79,16 @@ def train(
 ) -> None:
     """Train link tokens for a model, and with --trainable reader, lora or full what reads them."""
     from kvlink_rag.questions import read_examples, read_passages
+    from kvlink_rag.training.export import begun_with, export_saved
     from kvlink_rag.training.study import studied
-    from kvlink_rag.training.train import export_saved
     from kvlink_rag.training.train import train as run_training
     from kvlink_rag.training.trainer import TrainSettings
 
     if export:
-        if data or store or resume:
-            raise BadInput("--export trains nothing; leave out --data, --store and --resume")
-        language_model, _ = loaded_model(model, dtype, device, links=UNTRAINED)
-        _say(export_saved(language_model, out), out, as_json)
+        _refuse_all_but(context, "out", "export", "model", "dtype", "device", "as_json")
+        begun = begun_with(out)
+        language_model, _ = loaded_model(model, begun["dtype"] if dtype == "auto" else dtype, device, links=UNTRAINED)
+        _say(export_saved(language_model, out), model, out, as_json)
         return
     settings = TrainSettings(
         trainable=trainable,
@@ -139,7 +140,15 @@ def train(
             )
     except KeyboardInterrupt:
         raise KVLinkError(f"stopped; give the same command with --resume to go on with {out}") from None
-    _say(about, out, as_json)
+    _say(about, model, out, as_json)
+
+
+def _refuse_all_but(context: typer.Context, *names: str) -> None:
+    """Raise BadInput where another option was given."""
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in names}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if extra := [f"--{name.replace('_', '-')}" for name in given]:
+        raise BadInput(f"--export trains nothing and takes the run's own settings; leave out {', '.join(extra)}")
 
 
 def _file_and_weight(given: str) -> tuple[Path, float]:
@@ -153,15 +162,16 @@ def _file_and_weight(given: str) -> tuple[Path, float]:
         raise BadInput(f"--data takes FILE or FILE=WEIGHT, got {given!r}") from None
 
 
-def _say(about: dict[str, Any], out: Path, as_json: bool) -> None:
+def _say(about: dict[str, Any], model: str, out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(about))
         return
     losses = [entry["loss"] for entry in about["log"]]
     course = f"; loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
     num_examples, steps = sum(about["data"].values()), about["settings"]["steps"]
-    last = about["log"][-1]["step"] if losses else 0
-    reached = f"{steps} steps" if "seconds" in about else f"step {last} of {steps}"
+    reached = f"{steps} steps" if about["step"] == steps else f"step {about['step']} of {steps}"
     took = f"; {about['seconds']} s" if "seconds" in about else ""
     print(f"{out}: {num_examples:,} examples, {reached}{course}{took}")
-    print(f"answer with it: kvlink ask QUESTION --links {out}")
+    model = str(out / "model") if about["trainable"] == "full" else model
+    answers = "" if model == DEFAULT_MODEL_NAME else f" --model {model}"
+    print(f"answer with it: kvlink ask QUESTION{answers} --links {out}")

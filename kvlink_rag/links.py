@@ -40,16 +40,16 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder, before its model is loaded."""
+    """A checkpoint folder, before its model is loaded. name: as it was asked for."""
 
     folder: Path
     about: Mapping[str, Any]
+    name: str
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
-        """Read what a folder, or a hub repository, holds. Raises CheckpointMismatch, BadInput."""
-        is_hub_id = _HUB_ID.fullmatch(str(folder)) and not Path(folder).exists()
-        folder = hub_folder(str(folder), ["kvlink.json", *_PARTS], "checkpoint") if is_hub_id else Path(folder)
+    def open(cls, name: str | Path) -> Checkpoint:
+        """Read what a folder holds, or a hub repository. Raises CheckpointMismatch, BadInput."""
+        folder = hub_folder(str(name), ["kvlink.json", *_PARTS], "checkpoint") if _is_hub_id(name) else Path(name)
         try:
             about = json.loads((folder / "kvlink.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
@@ -59,7 +59,7 @@ class Checkpoint:
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise CheckpointMismatch(f"{folder}: kvlink.json is not of format {FORMAT}, which this version reads")
         _check_parts(folder, about.get("files"))
-        return cls(folder, about)
+        return cls(folder, about, str(name))
 
     @classmethod
     def find(cls, model: str | Path, links: str | Path | None, adapter: str | Path | None = None) -> Checkpoint | None:
@@ -106,18 +106,18 @@ class Checkpoint:
         """The link tokens. Raises CheckpointMismatch unless made for this very model."""
         if not self.is_for(model.weights, model.origin):
             raise CheckpointMismatch(
-                f"{self.folder} was trained for base weights {str(self.about.get('base_weights'))[:12]}, this model "
+                f"{self.name} was trained for base weights {str(self.about.get('base_weights'))[:12]}, this model "
                 f"{model.name!r} has {model.weights[:12]}; load the model it was trained on, or train links anew"
             )
         try:
             embeddings = load_safetensors((self.folder / "link.safetensors").read_bytes())["links"]
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointMismatch(f"{self.folder} holds no readable link.safetensors: {error}") from error
+            raise CheckpointMismatch(f"{self.name} holds no readable link.safetensors: {error}") from error
         if embeddings.ndim != 3 or embeddings.shape[2] != model.hidden_size:
             raise CheckpointMismatch(
-                f"{self.folder}: links of shape {tuple(embeddings.shape)}, hidden size {model.hidden_size}"
+                f"{self.name}: links of shape {tuple(embeddings.shape)}, hidden size {model.hidden_size}"
             )
-        return LinkTokens(embeddings.to(device=model.device, dtype=model.dtype), str(self.folder), self.about)
+        return LinkTokens(embeddings.to(device=model.device, dtype=model.dtype), self.name, self.about)
 
     def _part(self, name: str) -> Path | None:
         return self.folder / name if (self.folder / name).is_dir() else None
@@ -177,16 +177,29 @@ class LinkTokens:
             "base_origin": model.origin,
             "num_link_tokens": per_chunk,
             "slots": slots,
-            "files": _parts(folder),
             **(about or {}),
+            "files": _parts(folder),
         }
         (folder / "kvlink.json").write_text(json.dumps(written, indent=2) + "\n", "utf-8")
 
 
+def holds_parts(folder: Path) -> bool:
+    """Whether files of a checkpoint lie in a folder."""
+    return (folder / "kvlink.json").exists() or bool(_parts(folder))
+
+
+def _is_hub_id(name: str | Path) -> bool:
+    """OWNER/NAME, as text, unless it leads somewhere here."""
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
+
+
 def _parts(folder: Path) -> dict[str, str]:
-    """Digests of a checkpoint's files, by their path in it."""
-    paths = sorted(path for pattern in _PARTS for path in folder.glob(pattern))
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+    """Digests of a checkpoint's files, by their path in it. Raises CheckpointMismatch for one that cannot be read."""
+    paths = sorted(path for pattern in _PARTS for path in folder.glob(pattern) if not path.name.startswith("."))
+    try:
+        return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+    except OSError as error:
+        raise CheckpointMismatch(f"{folder}: a file of the checkpoint cannot be read: {error}") from error
 
 
 def _check_parts(folder: Path, files: object) -> None:
@@ -200,5 +213,5 @@ def _check_parts(folder: Path, files: object) -> None:
             state = "is missing" if name not in found else "has other content" if name in wanted else "is too much"
             raise CheckpointMismatch(
                 f"{folder}: {name} {state}, so this is not the checkpoint that its kvlink.json tells of; copy all of "
-                f"it anew, or train again"
+                f'it anew, train again, or, if it was changed on purpose, take "files" out of kvlink.json'
             )

@@ -31,6 +31,17 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a tiny model to be trained."""
+    from tiny_models import build_hf, byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    build_hf("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm():
     """The real default model, in the precision this machine gives it."""
     from kvlink_rag import LanguageModel
@@ -58,6 +69,25 @@ def loaded_once(_loads, monkeypatch):
         return _loads(model, **options) if model == DEFAULT_MODEL else load(model, **options)
 
     monkeypatch.setattr(LanguageModel, "load", load_)
+
+
+@pytest.fixture
+def kvlink(loaded_once, monkeypatch, capsys):
+    """Runs the command in this process, which reads the default model once; gives exit code, stdout and stderr."""
+
+    from kvlink_rag import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kvlink", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
 
 
 def excerpt(name, folder, *paragraphs):

@@ -64,7 +64,7 @@ LAYERS = [
     ["linking.deviation", "linking.first", "linking.question"],
     ["linking", "training.steps"],
     ["answering", "training.trainer"],
-    ["asking", "rows"],
+    ["asking", "rows", "training.export"],
     ["batching", "engine", "training.train"],
     ["rag", "evaluation.forced", "evaluation.store_speed"],
     ["evaluation.answers", "evaluation.agreement", "evaluation.growth", "evaluation.ttft", "training.study"],

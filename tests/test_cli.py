@@ -13,26 +13,9 @@ import pytest
 from conftest import ROOT, excerpt
 from tiny_models import build_hf, byte_tokenizer
 
-from kvlink_rag import KVLinkRAG, cli
+from kvlink_rag import KVLinkRAG
 
 CORPUS = ROOT / "examples" / "corpus"
-
-
-@pytest.fixture
-def kvlink(loaded_once, monkeypatch, capsys):
-    """Runs the command in this process, which reads the default model once; gives exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvlink", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kvlink_rag.errors import BadInput
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
@@ -68,7 +69,10 @@ class Learner(nn.Module):
 
             self.peft = get_peft_model(self.hf, lora)
         self.reads_stored_kv = trainable in OVER_STORED
+        self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
+            if not self.hf.supports_gradient_checkpointing:
+                raise BadInput(f"{model.name} cannot be trained with gradient checkpointing; leave it out")
             enable = getattr(self.hf, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
             (enable or self.hf.gradient_checkpointing_enable)({"use_reentrant": False})
 
@@ -77,7 +81,7 @@ class Learner(nn.Module):
         super().train(mode)
         self.hf.eval()
         for module in self.hf.modules():
-            if isinstance(module, GradientCheckpointingLayer):
+            if self._checkpointing and isinstance(module, GradientCheckpointingLayer):
                 module.training = mode  # of the layer alone: what it checkpoints by, not what is inside it
         return self
 

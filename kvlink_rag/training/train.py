@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -12,24 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from kvlink_rag.compute import Job, compute
 from kvlink_rag.config import GIB
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv_source import KVSource
-from kvlink_rag.links import LinkTokens
-from kvlink_rag.model import LanguageModel, weights_digest
+from kvlink_rag.model import LanguageModel
 from kvlink_rag.questions import Example
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.training.learner import OVER_STORED, Learner
+from kvlink_rag.training.export import base, begin, export
+from kvlink_rag.training.learner import OVER_STORED
 from kvlink_rag.training.lessons import make_lessons
 from kvlink_rag.training.steps import Pool, Steps, StepSettings
-from kvlink_rag.training.trainer import Report, TrainSettings, begin, load_last, run
-
-ABOUT = "about.json"  # of a run: what its checkpoint will say besides the log
+from kvlink_rag.training.trainer import Report, TrainSettings, make_learner, run
 
 
 def train(
@@ -108,6 +104,7 @@ def _train(
         pools, encoder, step_settings, size=settings.steps * settings.batch * settings.accumulate, seed=settings.seed
     )
     about = {
+        **base(model),
         "trainable": settings.trainable,
         "chunk_template": encoder.recipe.chunk_template,
         "encoding_prefix": encoder.recipe.encoding_prefix,
@@ -115,72 +112,11 @@ def _train(
         "weights": dict(weights),
         "settings": asdict(settings),
     }
+    begin(out, about, resume)
     torch.manual_seed(settings.seed)
     with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
         # under a name of its own: encoded in any company, so never to be served
         kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
-        learner = _learner(model, KVSource(encoder, kvs), settings)
-        begin(out / "run" / "trainer", settings, resume)
-        (out / "run" / ABOUT).write_text(json.dumps(about), "utf-8")
+        learner = make_learner(model, KVSource(encoder, kvs), settings)
         log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
-    return _export(learner, out, {**about, "seconds": round(time.monotonic() - started)}, log)
-
-
-def export_saved(model: LanguageModel, out: str | Path) -> dict[str, Any]:
-    """Write the checkpoint of what the run in `out` last saved, finished or not; it can be resumed afterwards.
-
-    `model` is changed and must not be used afterwards. Returns what `kvlink.json` says. Raises BadInput.
-    """
-    out = Path(out)
-    try:
-        about = json.loads((out / "run" / ABOUT).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{out} holds no run to export; train with --out {out} first ({error})") from error
-    settings = TrainSettings(**about["settings"])
-
-    def work(job: Job) -> dict[str, Any]:
-        learner = _learner(model, None, settings)
-        return _export(learner, out, about, load_last(learner, out / "run" / "trainer"))
-
-    return compute.run(work)
-
-
-def _learner(model: LanguageModel, source: KVSource | None, settings: TrainSettings) -> Learner:
-    return Learner(
-        model,
-        source,
-        LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots),
-        trainable=settings.trainable,
-        lora=_lora(settings) if settings.trainable in ("reader", "lora") else None,
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
-
-
-def _export(learner: Learner, out: Path, about: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Write what was learnt as a checkpoint that `KVLinkRAG.load(links=...)` takes."""
-    about = {**about, "log": [{key: entry[key] for key in ("step", "loss")} for entry in log if "loss" in entry]}
-    if learner.trainable == "full":
-        learner.hf.save_pretrained(out / "model")
-        learner.model.tokenizer.hf.save_pretrained(out / "model")
-        about = {**about, "base_name": "model", "base_weights": weights_digest(out / "model"), "base_origin": ""}
-    if learner.peft is not None:
-        folder = out / ("reader" if learner.trainable == "reader" else "adapter")
-        learner.peft.save_pretrained(str(folder), safe_serialization=True)
-        (folder / "README.md").unlink(missing_ok=True)  # a model card full of blanks
-        adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        adapter["base_model_name_or_path"] = learner.model.public_name
-        adapter["target_modules"].sort()
-        (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n", "utf-8")
-        weights = folder / "adapter_model.safetensors"
-        halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
-        save_file(halved, weights, metadata={"format": "pt"})
-    learner.link_tokens(str(out)).save(out, learner.model, about)
-    return about
-
-
-def _lora(settings: TrainSettings) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    return export(learner, out, {**about, "seconds": round(time.monotonic() - started)}, settings.steps, log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from kvlink_rag.compute import Cancelled
 from kvlink_rag.errors import BadInput, Diverged
+from kvlink_rag.kv_source import KVSource
+from kvlink_rag.links import LinkTokens
+from kvlink_rag.model import LanguageModel
 from kvlink_rag.training.learner import OVER_STORED, TRAINABLE, Learner, Step
 from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
 from kvlink_rag.training.steps import Steps
 
 TRAINED = "trained.safetensors"
+_AFTER_DIVERGING = (
+    "start anew in another folder, with a lower learning rate or in float32; --export writes what was saved before"
+)
 Report = Callable[[Mapping[str, Any]], None]  # step, steps, loss, tokens_per_s, seconds_left
 
 
@@ -78,7 +84,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Train `learner` in place and return the log: one entry per logged step.
 
-    folder, which `begin` has made ready, keeps what resuming needs. Raises Diverged.
+    folder keeps what resuming needs. Raises Diverged.
     """
     device = learner.model.device.type
     arguments = TrainingArguments(
@@ -121,6 +127,24 @@ def run(
     return list(trainer.state.log_history)
 
 
+def make_learner(model: LanguageModel, source: KVSource | None, settings: TrainSettings) -> Learner:
+    """`model` with what of it is to be trained, as it is before the first step; source: None where no step will run."""
+    lora = None
+    if settings.trainable in ("reader", "lora"):
+        from peft import LoraConfig
+
+        rank = settings.lora_rank
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return Learner(
+        model,
+        source,
+        LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots),
+        trainable=settings.trainable,
+        lora=lora,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
 class _Trainer(Trainer):  # type: ignore[misc]
     """The library's, saving and loading only what is trained, in safetensors."""
 
@@ -131,7 +155,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if not torch.isfinite(outputs["loss"]):  # the library would log over it and go on with broken weights
             raise Diverged(
                 f"the loss of step {self.state.global_step + 1} is {outputs['loss'].item()}: nothing is learnt any "
-                f"more; start anew in another folder, with a lower learning rate or in float32"
+                f"more; {_AFTER_DIVERGING}"
             )
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -139,22 +163,26 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return inputs
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder, tensors = Path(output_dir or self.args.output_dir), trained_tensors(self.model)
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise Diverged(
+                f"after step {self.state.global_step} not all that is trained are numbers any more; {_AFTER_DIVERGING}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_tensors(self.model), folder / TRAINED)
+        save_file(tensors, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(model or self.model, Path(resume_from_checkpoint) / TRAINED)
 
 
-def load_last(learner: Learner, folder: Path) -> list[dict[str, Any]]:
-    """Put what the run in `folder` saved last into `learner`; its log. Raises BadInput."""
+def load_last(learner: Learner, folder: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Put what the run in `folder` saved last into `learner`; at which step that was, and the log. Raises BadInput."""
     last = _last_checkpoint(folder)
     if last is None:
         raise BadInput(f"the run in {folder} has saved nothing yet; let it run for longer than --save-minutes")
     load_trained(learner, last / TRAINED)
-    log: list[dict[str, Any]] = json.loads((last / "trainer_state.json").read_text("utf-8"))["log_history"]
-    return log
+    state = json.loads((last / "trainer_state.json").read_text("utf-8"))
+    return state["global_step"], state["log_history"]
 
 
 def trained_tensors(learner: Learner) -> dict[str, Tensor]:
@@ -216,25 +244,6 @@ def _optimizer(learner: Learner, settings: TrainSettings) -> torch.optim.Optimiz
 
 def _as_is(steps: Sequence[Step]) -> dict[str, Any]:
     return {"steps": list(steps)}
-
-
-def begin(folder: Path, settings: TrainSettings, resume: bool) -> None:
-    """Make the folder ready for a run. Raises BadInput where another run lies there, or not the one to be resumed.
-
-    Resuming reads pickles of the library's, so it reads none but those of a run that this folder began.
-    """
-    about = folder / "run.json"
-    written = json.dumps(asdict(settings), indent=2, sort_keys=True)
-    if resume:
-        if not about.exists():
-            raise BadInput(f"{folder} holds no run to resume; leave out --resume to start one")
-        if about.read_text("utf-8") != written:
-            raise BadInput(f"{folder} was begun with other settings ({about}); give the same ones, or another folder")
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder} holds a run already; give --resume to go on with it, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    about.write_text(written, "utf-8")
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -1,0 +1,127 @@
+"""A run's folder from its beginning to its checkpoint: what it was begun with, and what it has learnt, written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from kvlink_rag.compute import Job, compute
+from kvlink_rag.errors import BadInput
+from kvlink_rag.links import holds_parts
+from kvlink_rag.model import LanguageModel, weights_digest
+from kvlink_rag.training.learner import Learner
+from kvlink_rag.training.trainer import TrainSettings, load_last, make_learner
+
+ABOUT = "about.json"  # in OUT/run: what the checkpoint will say besides step and log
+
+
+def begin(out: Path, about: Mapping[str, Any], resume: bool) -> None:
+    """Make `out` ready for a run. Raises BadInput where another lies there, or not the one to be resumed.
+
+    Resuming reads pickles of the library's, so it reads none but those of a run that this folder began.
+    """
+    run = out / "run"
+    if resume:
+        known = begun_with(out)
+        if other := _differing(known, about):
+            raise BadInput(
+                f"the run in {out} was begun with {_told(known, other)}, now it is {_told(about, other)}; give the "
+                f"same, or another folder"
+            )
+        return
+    if (run / ABOUT).exists() or (run / "trainer").exists():
+        raise BadInput(f"{out} holds a run already; give --resume to go on with it, or choose another folder")
+    if holds_parts(out):
+        raise BadInput(f"{out} holds a checkpoint already; choose another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / ABOUT).write_text(json.dumps(about, indent=2), "utf-8")
+
+
+def begun_with(out: Path) -> dict[str, Any]:
+    """What the run in `out` trains, and on what, settings of later versions at their defaults. Raises BadInput."""
+    path = out / "run" / ABOUT
+    if not path.exists():
+        raise BadInput(f"{out} holds no run of this version; begin one, without --resume and --export")
+    try:
+        about: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return {**about, "settings": asdict(TrainSettings(**about["settings"]))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); begin a run in another folder") from error
+
+
+def base(model: LanguageModel) -> dict[str, Any]:
+    """What a run goes on with, and nothing else."""
+    return {
+        "base_name": model.public_name,
+        "base_weights": model.weights,
+        "base_origin": model.origin,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def export_saved(model: LanguageModel, out: str | Path) -> dict[str, Any]:
+    """Write the checkpoint of what the run in `out` last saved, finished or not; it can be resumed afterwards.
+
+    `model` is the run's, in the run's dtype; it is changed and must not be used afterwards. Returns what `kvlink.json`
+    says. Raises BadInput.
+    """
+    out = Path(out)
+    about = begun_with(out)
+    if other := _differing(about, base(model)):
+        raise BadInput(f"the run in {out} trains {_told(about, other)}; this is {_told(base(model), other)}")
+    settings = TrainSettings(**about["settings"])
+
+    def work(job: Job) -> dict[str, Any]:
+        learner = make_learner(model, None, settings)
+        step, log = load_last(learner, out / "run" / "trainer")
+        return export(learner, out, about, step, log)
+
+    return compute.run(work)
+
+
+def export(
+    learner: Learner, out: Path, about: Mapping[str, Any], step: int, log: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Write what was learnt up to a step as a checkpoint that `KVLinkRAG.load(links=...)` takes."""
+    about = {
+        **about,
+        "step": step,
+        "log": [{key: row[key] for key in ("step", "loss")} for row in log if "loss" in row],
+    }
+    if learner.trainable == "full":
+        learner.hf.save_pretrained(out / "model")
+        learner.model.tokenizer.hf.save_pretrained(out / "model")
+        about = {**about, "base_name": "model", "base_weights": weights_digest(out / "model"), "base_origin": ""}
+    if learner.peft is not None:
+        folder = out / ("reader" if learner.trainable == "reader" else "adapter")
+        learner.peft.save_pretrained(str(folder), safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)  # a model card full of blanks
+        adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        adapter["base_model_name_or_path"] = learner.model.public_name
+        adapter["target_modules"].sort()
+        (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n", "utf-8")
+        weights = folder / "adapter_model.safetensors"
+        halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+        save_file(halved, weights, metadata={"format": "pt"})
+    learner.link_tokens(str(out)).save(out, learner.model, about)
+    return dict(about)
+
+
+def _differing(known: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two runs differ, settings one by one; how often it is saved is nothing, nor is a model's name."""
+    one, other = _flat(known), _flat(now)
+    return sorted(name for name in other if name not in ("base_name", "save_minutes") and one.get(name) != other[name])
+
+
+def _told(about: Mapping[str, Any], names: Sequence[str]) -> str:
+    names = ["base_name", *names] if "base_weights" in names else names
+    return ", ".join(f"{name} {str(_flat(about).get(name))[:60]}" for name in names)
+
+
+def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {**about.get("settings", {}), **{name: value for name, value in about.items() if name != "settings"}}
