@@ -142,8 +142,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--links",
-            help="Folder or hub id of a link checkpoint for this model; untrained: none. FOLDER=LINKING,...: with these "
-            "linkings in place of the others. Repeatable.",
+            help="Folder or hub id of a link checkpoint for this model; untrained: none. FOLDER=LINKING,...: with "
+            "these linkings in place of the others. Repeatable.",
         ),
     ] = None,
     adapter: Adapter = None,
