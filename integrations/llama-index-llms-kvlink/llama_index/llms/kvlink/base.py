@@ -48,7 +48,7 @@ class KVLinkLLM(CustomLLM):
     model_name: str = Field(default="smollm2-135m-instruct", description="folder, hub id, or the default's name")
     store: str = Field(default="kvlink_store", description="folder of the stored KV; see kv_folder(persist_dir)")
     adapter: str | None = Field(default=None, description="folder of a PEFT adapter")
-    links: str | None = Field(default=None, description="folder of trained link tokens")
+    links: str | None = Field(default=None, description="folder or hub id of trained link tokens")
     linking: str | None = Field(default=None, description="how chunks are joined; None: as the engine does")
     dtype: str = Field(default="auto", description="the model's number format")
     device: str = Field(default="auto", description="where the model runs")
