@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from kvlink_rag import products
 from kvlink_rag.errors import CheckpointMismatch
 
 _PREFIX = "base_model.model."
@@ -59,7 +60,8 @@ def reader_of(hf: Any, adapter: Path) -> Any:
                 f"the model {held}"
             )
         share = (b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)) * scale
-        merged[name] = torch.nn.Parameter((weight.detach().float() + share).to(weight.dtype), requires_grad=False)
+        total = products.added(weight.detach().float(), share)
+        merged[name] = torch.nn.Parameter(total.to(weight.dtype), requires_grad=False)
     # what deepcopy finds in its memo it takes as it is: the merged weights, and for the rest those of `hf`
     memo: dict[int, Any] = {id(weight): merged.get(name, weight) for name, weight in weights.items()}
     memo |= {id(buffer): buffer for buffer in hf.buffers()}

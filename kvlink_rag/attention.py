@@ -21,10 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvlink_rag.products import HAS_AVX512
+
 GROUPED_SDPA = "kvlink_grouped_sdpa"
 UNSEEN = -1e30  # a score that no softmax lets through
 WIDE_BLOCKS = 192  # from so many queries on torch's attention on a CPU takes them by 64, below by 32
-LONG = 4096  # keys from which on 64 at a time are so much quicker that a quarter of them may stand empty
+# queries, and keys, from which on 64 at a time are so much quicker that the rest of WIDE_BLOCKS may stand empty
+FILLED_QUERIES, FILLED_KEYS = (128, 512) if HAS_AVX512 else (144, 4096)
 
 
 def grouped_sdpa(
@@ -74,7 +77,7 @@ def grouped_sdpa(
 
 def _num_empty(num_queries: int, num_keys: int, device: torch.device) -> int:
     """How many empty queries to add, so that torch takes them by 64 where that is quicker."""
-    is_worth = device.type == "cpu" and num_keys >= LONG and WIDE_BLOCKS * 3 // 4 <= num_queries < WIDE_BLOCKS
+    is_worth = device.type == "cpu" and num_keys >= FILLED_KEYS and FILLED_QUERIES <= num_queries < WIDE_BLOCKS
     return WIDE_BLOCKS - num_queries if is_worth else 0
 
 

@@ -72,8 +72,8 @@ class LanguageModel:
             attention.register()
             for weights_of in (self.hf, self.reader):
                 weights_of.set_attn_implementation(attention.GROUPED_SDPA)
-        for weights_of in (self.hf, self.reader):
-            products.prepare(weights_of)
+        products.prepare(self.reader, reads_questions=True)
+        products.prepare(self.hf, reads_questions=False)
         proof = probe.prove(hf, self._probe_forward)
         self.rope = proof.rope
         self.num_layers = proof.rope.num_layers

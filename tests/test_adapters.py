@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import build_hf
 
-from kvlink_rag import adapters
+from kvlink_rag import adapters, products
 from kvlink_rag.errors import CheckpointMismatch
 
 
@@ -44,6 +44,8 @@ def test_a_reader_is_to_the_last_bit_what_peft_merges(family, adapter):
         assert torch.equal(weight, by_peft[name]), name
     assert all(torch.equal(weight, before[name]) for name, weight in base.named_parameters())
     ids = torch.tensor([[5, 6, 7, 8]])
+    for model in (reader, merged):
+        products.prepare(model, reads_questions=True)
     with torch.inference_mode():
         assert torch.equal(reader(ids).logits, merged(ids).logits)
         assert (reader(ids).logits - base(ids).logits).abs().max() > 1e-2

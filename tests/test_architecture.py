@@ -15,11 +15,10 @@ PACKAGE = Path(kvlink_rag.__file__).parent
 # Lower layers first; a module may import from layers below its own, never beside or above.
 LAYERS = [
     ["collector", "errors"],
-    ["config", "encoding_prefix", "types", "store.counters", "store.place"],
+    ["config", "encoding_prefix", "products", "types", "store.counters", "store.place"],
     [
         "adapters",
         "attention",
-        "products",
         "compute",
         "cores",
         "kv",

@@ -169,7 +169,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
                 f"after step {self.state.global_step} not all that is trained are numbers any more; {_AFTER_DIVERGING}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / TRAINED)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(model or self.model, Path(resume_from_checkpoint) / TRAINED)
