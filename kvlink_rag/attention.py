@@ -45,12 +45,19 @@ def grouped_sdpa(
 
     query [batch, heads, queries, head_dim]; key, value [batch, kv_heads, keys, head_dim];
     attention_mask float [batch, 1, queries, keys] or None; returns [batch, queries, heads, head_dim].
-    Tuples of keys and values, one of each per row, let the rows of a batch see different contexts: each row's newest
-    token then sees all of its own.
+    Tuples of keys and values, one of each per row, let the rows of a batch see different contexts. A row's one query
+    then sees all of its own; where there are more, fewer keys than the mask's are a row that ends before its padding.
     """
     if isinstance(key, tuple):
-        rows = zip(torch.split(query, 1), key, value, strict=True)
-        outputs = [grouped_sdpa(module, q, k, v, None, dropout, scaling, False, **kwargs)[0] for q, k, v in rows]
+        outputs = []
+        for q, k, v in zip(torch.split(query, 1), key, value, strict=True):
+            row_mask, num_padding = None, 0
+            if attention_mask is not None and q.shape[2] > 1:
+                num_padding = attention_mask.shape[-1] - k.shape[2]
+                q = q[:, :, : q.shape[2] - num_padding]
+                row_mask = attention_mask[..., : q.shape[2], : k.shape[2]]
+            output, _ = grouped_sdpa(module, q, k, v, row_mask, dropout, scaling, False, **kwargs)
+            outputs.append(pad(output, (0, 0, 0, 0, 0, num_padding)) if num_padding else output)
         return torch.cat(outputs), None
     batch, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // key.shape[1]

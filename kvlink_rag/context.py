@@ -8,7 +8,7 @@ the gaps that were left for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,24 +94,39 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
 class ChunkLayer(DynamicLayer):  # type: ignore[misc]
     """One layer of chunks that are read alone: keeps their KV, and shows each of them `prefix` before it.
 
-    prefix: keys and values [1, kv_heads, tokens, head_dim]. ends: the forward ends here, as soon as the KV is there.
+    prefix: keys and values [1, kv_heads, tokens, head_dim]. lengths: each row's tokens, where attention is to see
+    none of the padding behind them. ends: the forward ends here, as soon as the KV is there.
     """
 
     class Ended(Exception):
         """The KV is there."""
 
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None = None, *, ends: bool = False):
+    def __init__(
+        self,
+        prefix: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        ends: bool = False,
+    ):
         super().__init__()
-        self._prefix, self._ends = prefix, ends
+        self._prefix, self._lengths, self._ends = prefix, lengths, ends
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.keys, self.values = key_states, value_states
         if self._ends:
             raise self.Ended
         if self._prefix is None:
             return key_states, value_states
+        if self._lengths is not None:
+            return tuple(self._rows(key_states, 0)), tuple(self._rows(value_states, 1))
         keys, values = (before.expand(len(key_states), -1, -1, -1) for before in self._prefix)
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+    def _rows(self, states: Tensor, which: int) -> Iterator[Tensor]:
+        """Each row behind the prefix, without padding."""
+        assert self._prefix is not None and self._lengths is not None
+        for row, length in zip(torch.split(states, 1), self._lengths, strict=True):
+            yield torch.cat([self._prefix[which], row[:, :, :length]], 2)
 
     def get_seq_length(self) -> int:
         return 0 if self._prefix is None else self._prefix[0].shape[2]

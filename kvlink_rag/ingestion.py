@@ -263,14 +263,13 @@ class Ingestion:
                         writes.append(writer.submit(self._kvs.put, self._kvs.at_rest(kv)))
                         done += 1
                         report("encoding", done, len(to_encode))
+                vectors = self._vectors([work for work in group if not work.is_indexed])  # while the last are written
                 written += sum(write.result() for write in writes)
-                self._index_group(group)
+                self._index_group(group, vectors)
         return written
 
-    def _index_group(self, group: Sequence[_Work]) -> None:
+    def _index_group(self, group: Sequence[_Work], vectors: Mapping[str, Vectors]) -> None:
         """Index the group's documents and drop the KV of what they no longer hold."""
-        new = [work for work in group if not work.is_indexed]
-        vectors = self._vectors(new)
         for work in group:
             old_keys = [c.kv_key for c in self._index.chunks_of(work.id)]
             if work.is_indexed:

@@ -190,14 +190,18 @@ class LanguageModel:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @torch.inference_mode()
-    def encode(self, ids: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, ids: Tensor, prefix: tuple[Tensor, Tensor] | None = None, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, batch, kv_heads, tokens, head_dim] of rows of ids [batch, tokens], each alone.
 
         prefix: keys and values [layers, 1, kv_heads, prefix tokens, head_dim] as this returned them, which every row
-        sees before it. Keys are as the model wrote them, at positions from 0, or from the prefix's end, on.
+        sees before it. lengths: of each row behind a prefix, if attention is to leave out the padding behind them.
+        Keys are as the model wrote them, at positions from 0, or from the prefix's end, on.
         """
         before = [None] * self.num_layers if prefix is None else list(zip(*prefix, strict=True))
-        layers = [ChunkLayer(kv, ends=place == self.num_layers - 1) for place, kv in enumerate(before)]
+        last = self.num_layers - 1
+        layers = [ChunkLayer(kv, lengths=lengths, ends=place == last) for place, kv in enumerate(before)]
         start = layers[0].get_seq_length()
         places = torch.arange(start, start + ids.shape[1], device=self.device)
         mask = None if prefix is None else self.position_mask(places, start + ids.shape[1])

@@ -32,12 +32,12 @@ class Sabotage:
 SABOTAGES = [
     Sabotage(
         "skip the digest", "store/entry.py",
-        "if _digest(view[:-DIGEST_BYTES], integrity_key) != bytes(view[-DIGEST_BYTES:]):", "if False:",
+        "if _digest((view[:-DIGEST_BYTES],), integrity_key) != bytes(view[-DIGEST_BYTES:]):", "if False:",
         ("test_store_entries.py", "flipped or sector"),
     ),
     Sabotage(
         "ignore the integrity key", "store/entry.py",
-        "blake3(data, key=integrity_key)", "blake3(data)",
+        "blake3(key=integrity_key)", "blake3()",
         ("test_store_entries.py", "integrity_key"),
     ),
     Sabotage(
@@ -79,6 +79,16 @@ SABOTAGES = [
         "forget the precision in the recipe", "encoding.py",
         "storage_dtype=self.precision.name(model.dtype)", "storage_dtype=str(model.dtype)",
         ("test_identity.py", "only_its_own"),
+    ),
+    Sabotage(
+        "believe that pairs are exact", "encoding.py",
+        "len(chunks[first[0]]) if all(same) else 0", "len(chunks[first[0]])",
+        ("test_pairs.py", "differ_from_each_alone"),
+    ),
+    Sabotage(
+        "let a pair's chunk see too far", "attention.py",
+        "row_mask = attention_mask[..., : q.shape[2], : k.shape[2]]", "row_mask = None",
+        ("test_pairs.py", "holds_what_each"),
     ),
     Sabotage(
         "forget the template in the recipe", "encoding.py",
@@ -138,13 +148,13 @@ SABOTAGES = [
     ),
     Sabotage(
         "hash on threads that a fork leaves behind", "store/entry.py",
-        "blake3(data) if integrity_key is None", "blake3(data, max_threads=blake3.AUTO) if integrity_key is None",
+        "blake3() if integrity_key is None", "blake3(max_threads=blake3.AUTO) if integrity_key is None",
         ("test_store_concurrency.py", "forked_child"),
     ),
     Sabotage(
         "let safetensors write, which aborts without memory", "store/codec.py",
-        "_payload(tensors, layout), integrity_key)",
-        "__import__('safetensors.torch').torch.save(tensors), integrity_key)",
+        "*_payload(tensors, layout), integrity_key=",
+        "__import__('safetensors.torch').torch.save(tensors), integrity_key=",
         ("test_store_unwritable.py", "without_memory"),
     ),
     Sabotage(

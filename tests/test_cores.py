@@ -162,7 +162,7 @@ def test_a_chunks_kv_is_the_same_to_the_last_bit_however_many_cores_there_are(sm
             assert torch.equal(kv.keys, others[index].keys) and torch.equal(kv.values, others[index].values)
 
 
-def test_long_chunks_come_after_the_short_ones_one_at_a_time_on_all_cores(cores, monkeypatch):
+def test_long_chunks_come_first_one_at_a_time_on_all_cores(cores, monkeypatch):
     """Which way a chunk is computed depends on its length alone."""
     cores(2)
     model = build("llama")
@@ -170,13 +170,13 @@ def test_long_chunks_come_after_the_short_ones_one_at_a_time_on_all_cores(cores,
     used: dict[int, int] = {}
     encode = model.encode
 
-    def noted(rows, prefix):
+    def noted(rows, *rest):
         used[rows.shape[1]] = torch.get_num_threads()
-        return encode(rows, prefix)
+        return encode(rows, *rest)
 
     monkeypatch.setattr(model, "encode", noted)
     rng = random.Random(5)
     lengths = (ONE_CORE_TOKENS + 1, 30, ONE_CORE_TOKENS, 31)
     kvs = list(encoder.encode([random_ids(rng, length) for length in lengths]))
     assert used == {30: 1, 31: 1, ONE_CORE_TOKENS: 1, ONE_CORE_TOKENS + 1: 2}
-    assert [index for index, _ in kvs] == [1, 3, 2, 0]
+    assert [index for index, _ in kvs] == [0, 2, 3, 1]

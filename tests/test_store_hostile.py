@@ -199,7 +199,7 @@ def changed_entry():
 def changed_header():  # under a digest that holds
     body = mutated(entry[20:-32], rng)
     body = entry[:8] + (len(body) - 1000).to_bytes(4, "little", signed=True) + entry[12:20] + body
-    verify(body + _digest(body, None), identity_of(1))
+    verify(body + _digest((body,), None), identity_of(1))
 
 def row():
     mode, value = rng.choice((1, 2, 3, 4, 5, None, "2")), rng.choice((None, *bombs))

@@ -26,12 +26,13 @@ def to_entry(
     tensors = {name: tensor.cpu().contiguous() for name, tensor in kv.tensors.items()}
     assert tensors.keys() == layout.keys()
     assert all((tensors[name].dtype, tuple(tensors[name].shape)) == wanted for name, wanted in layout.items())
-    return pack(identity, _described(layout), _payload(tensors, layout), integrity_key)
+    return pack(identity, _described(layout), *_payload(tensors, layout), integrity_key=integrity_key)
 
 
-def _payload(tensors: Mapping[str, Tensor], layout: Layout) -> bytes:
-    """The tensors as safetensors, byte for byte as its own writer makes them, which aborts without memory."""
-    place, described, data = 0, {}, []
+def _payload(tensors: Mapping[str, Tensor], layout: Layout) -> list[bytes | memoryview]:
+    """The tensors as safetensors, byte for byte as its own writer makes them, which aborts without memory; in parts."""
+    place, described = 0, {}
+    data: list[bytes | memoryview] = []
     for name in sorted(layout, key=lambda name: (-layout[name][0].itemsize, name)):
         tensor = tensors[name]
         described[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
@@ -39,7 +40,7 @@ def _payload(tensors: Mapping[str, Tensor], layout: Layout) -> bytes:
         data.append(tensor.view(torch.uint8).numpy().data)
     header = json.dumps(described, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return b"".join((len(header).to_bytes(8, "little"), header, *data))
+    return [len(header).to_bytes(8, "little"), header, *data]
 
 
 def from_entry(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +50,15 @@ class Identity:
         }
 
 
-def pack(identity: Identity, layout: Layout, payload: bytes, integrity_key: bytes | None = None) -> bytes:
-    """An entry's bytes."""
+def pack(identity: Identity, layout: Layout, *payload: bytes | memoryview, integrity_key: bytes | None = None) -> bytes:
+    """An entry's bytes; the payload's parts are copied once."""
     tensors = {name: [dtype, list(shape)] for name, (dtype, shape) in layout.items()}
     header = json.dumps({**identity.fields(), "tensors": tensors}, sort_keys=True).encode()
     header += b" " * (-(PREFIX_BYTES + len(header)) % _ALIGNMENT)
     assert len(header) <= MAX_HEADER_BYTES
-    body = b"".join((MAGIC, len(header).to_bytes(4, "little"), len(payload).to_bytes(8, "little"), header, payload))
-    return body + _digest(body, integrity_key)
+    length = sum(memoryview(part).nbytes for part in payload)
+    parts = (MAGIC, len(header).to_bytes(4, "little"), length.to_bytes(8, "little"), header, *payload)
+    return b"".join((*parts, _digest(parts, integrity_key)))
 
 
 def verify(
@@ -69,7 +70,7 @@ def verify(
     """
     view = memoryview(entry)
     header_bytes, payload = split_entry(view)
-    if _digest(view[:-DIGEST_BYTES], integrity_key) != bytes(view[-DIGEST_BYTES:]):
+    if _digest((view[:-DIGEST_BYTES],), integrity_key) != bytes(view[-DIGEST_BYTES:]):
         raise CorruptEntry("digest differs: the entry was damaged, or sealed under another integrity key")
     header = parse_header(header_bytes)
     if identity is not None:
@@ -129,6 +130,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _digest(data: bytes | memoryview, integrity_key: bytes | None) -> bytes:
+def _digest(parts: Iterable[bytes | memoryview], integrity_key: bytes | None) -> bytes:
     # on this thread alone: blake3's pool of threads does not outlive a fork, and panics where none can be started
-    return (blake3(data) if integrity_key is None else blake3(data, key=integrity_key)).digest()
+    hasher = blake3() if integrity_key is None else blake3(key=integrity_key)
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()
