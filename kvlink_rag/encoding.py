@@ -6,7 +6,8 @@ its own length, on one core, with other chunks on the others; a long one on all 
 rows, their length padded to a bucket.
 
 Where a CPU has many chunks to read, two of them share each product with the weights, which are then fetched once for
-both: a sixth more tokens a second. That this changes no bit is tried on the first two, not believed.
+both: a sixth more tokens a second. That this changes no bit is tried on the first two of about every length, not
+believed.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ from kvlink_rag.errors import BadInput
 from kvlink_rag.kv import KV
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
+from kvlink_rag.products import MAX_ROWS
 from kvlink_rag.recipe import Recipe
 
+LengthKind = tuple[int, bool, bool]
 NUM_ROWS = 4
 BUCKET_TOKENS = 32
 ONE_CORE_TOKENS = 512  # a CPU reads chunks up to this length side by side
 MANY_CHUNKS = 16  # from so many on it is worth trying whether two may share products
 MAX_PADDING = 0.2  # of a pair's longer chunk, behind the shorter one
-# a model -> up to which length pairs of chunks have been tried and found the same as each alone; 0: they are not
-_pairs_tried: weakref.WeakKeyDictionary[LanguageModel, int] = weakref.WeakKeyDictionary()
+# a model -> kind of length -> whether a pair of such chunks was found the same, to the last bit, as each alone
+_pairs_tried: weakref.WeakKeyDictionary[LanguageModel, dict[LengthKind, bool]] = weakref.WeakKeyDictionary()
 
 
 def canonical_shape(device: torch.device) -> tuple[int, int]:
@@ -99,11 +102,13 @@ class Encoder:
             yield from self._encode_batch(batch, chunks)
         short = batches[num_long:]
         if len(short) >= MANY_CHUNKS and self._may_pair():
-            if _pairs_tried.get(self.model, 0) < len(chunks[short[0][0]]):
-                yield from self._try_pair(short[0], short[1], chunks)
-                short = short[2:]
-            if _pairs_tried[self.model]:
-                short = list(_paired(short, chunks))
+            kinds = groupby(short, lambda batch: _kind(len(chunks[batch[0]])))
+            tried, short = _pairs_tried.setdefault(self.model, {}), []
+            for kind, run in kinds:
+                singles = list(run)
+                if kind not in tried and len(singles) > 1:
+                    yield from self._try_pair(kind, singles.pop(0), singles.pop(0), chunks)
+                short += _paired(singles, chunks) if tried.get(kind) else singles
         with closing(on_cores(lambda batch: self._encode_batch(batch, chunks), short, compute.is_wanted)) as coming:
             for results in coming:
                 yield from results
@@ -136,14 +141,14 @@ class Encoder:
         return -(-len(ids) // self._bucket) * self._bucket
 
     def _may_pair(self) -> bool:
-        """Whether pairs are possible at all, and were not found to differ."""
+        """Whether pairs are possible at all."""
         is_possible = self.model.can_batch and self._prefix is not None and self._num_rows == 1
         # experts share out the rows by what they hold, so that one trial says nothing of the next pair
         is_dense = all(weights.ndim < 3 for weights in self.model.hf.parameters())
-        return is_possible and is_dense and _pairs_tried.get(self.model) != 0
+        return is_possible and is_dense
 
     def _try_pair(
-        self, first: list[int], second: list[int], chunks: Sequence[tuple[int, ...]]
+        self, kind: LengthKind, first: list[int], second: list[int], chunks: Sequence[tuple[int, ...]]
     ) -> Iterator[tuple[int, KV]]:
         """Yield two chunks, each read alone; and find out whether they are the same as a pair."""
         pieces = [first, second, first + second]
@@ -154,7 +159,7 @@ class Encoder:
             torch.equal(alone.keys, pair.keys) and torch.equal(alone.values, pair.values)
             for (_, alone), (_, pair) in zip((*alone_1, *alone_2), paired, strict=True)
         ]
-        _pairs_tried[self.model] = len(chunks[first[0]]) if all(same) else 0
+        _pairs_tried[self.model][kind] = all(same)
 
     def _encode_batch(self, batch: list[int], chunks: Sequence[tuple[int, ...]]) -> list[tuple[int, KV]]:
         """Run one batch of chunks, the longest first. Padding stands behind each row, where attention never looks."""
@@ -174,6 +179,11 @@ class Encoder:
             back[:stop].apply(keys[:, row, :, :stop], out=chunk_keys)
             kvs.append((index, KV(chunk_keys, chunk_values, chunks[index])))
         return kvs
+
+
+def _kind(length: int) -> LengthKind:
+    """Lengths of one kind are multiplied by the same kernels, as far as we know, alone as well as in pairs."""
+    return -(-length // BUCKET_TOKENS), length <= MAX_ROWS, 2 * length <= MAX_ROWS
 
 
 def _paired(singles: Sequence[list[int]], chunks: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:

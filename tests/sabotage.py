@@ -82,7 +82,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "believe that pairs are exact", "encoding.py",
-        "len(chunks[first[0]]) if all(same) else 0", "len(chunks[first[0]])",
+        "_pairs_tried[self.model][kind] = all(same)", "_pairs_tried[self.model][kind] = True",
         ("test_pairs.py", "differ_from_each_alone"),
     ),
     Sabotage(

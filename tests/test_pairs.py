@@ -64,7 +64,7 @@ def test_one_of_many_chunks_of_the_default_model_has_the_same_bits_as_alone(smol
 
 
 def test_pairs_that_differ_from_each_alone_are_not_used(monkeypatch):
-    """By one bit of one number. They are tried once a model; every chunk is then read alone."""
+    """By one bit of one number. They are tried once; every chunk is then read alone."""
     model = build("llama")
     encoder, chunks = Encoder(model), chunks_of(LENGTHS)
     alone = [dict(encoder.encode([ids]))[0] for ids in chunks]
@@ -82,22 +82,46 @@ def test_pairs_that_differ_from_each_alone_are_not_used(monkeypatch):
     monkeypatch.setattr(model, "encode", a_bit_off)
     for _ in range(2):
         assert all(is_same(kv, alone[index]) for index, kv in encoder.encode(chunks))
-    assert len(num_pairs) == 1
+    assert len(num_pairs) == len(encoding._pairs_tried[model])
 
 
-def test_longer_pairs_than_were_tried_are_tried_first(monkeypatch):
+def test_pairs_are_tried_once_for_every_kind_of_length(monkeypatch):
     """Every chunk comes once; and few chunks are no reason to try."""
     model = build("llama")
     encoder, trials, try_pair = Encoder(model), [], Encoder._try_pair
 
-    def noted(self, first, second, chunks):
-        trials.append(len(chunks[first[0]]))
-        yield from try_pair(self, first, second, chunks)
-        encoding._pairs_tried[model] = trials[-1]  # whatever this machine's products do
+    def noted(self, kind, first, second, chunks):
+        trials.append(kind)
+        assert encoding._kind(len(chunks[first[0]])) == encoding._kind(len(chunks[second[0]])) == kind
+        yield from try_pair(self, kind, first, second, chunks)
 
     monkeypatch.setattr(Encoder, "_try_pair", noted)
     list(encoder.encode(chunks_of(LENGTHS[: MANY_CHUNKS - 1])))
-    for longest in (40, 60, 50):
-        got = [index for index, _ in encoder.encode(chunks_of((*LENGTHS, longest)))]
-        assert sorted(got) == list(range(len(LENGTHS) + 1))
-    assert trials == [40, 60]
+    assert not trials
+    for more in ((40, 41), (100, 101, 300), (50, 99)):
+        got = [index for index, _ in encoder.encode(chunks_of((*LENGTHS, *more)))]
+        assert sorted(got) == list(range(len(LENGTHS) + len(more)))
+    assert len(set(trials)) == len(trials)
+    assert {encoding._kind(length) for length in (40, 100, 20)} <= set(trials)
+    assert encoding._kind(300) not in trials  # there was but one
+
+
+def test_pairs_of_another_kind_are_not_believed(monkeypatch):
+    """One kind of length differs: those chunks are read alone, and pairs of the others go on."""
+    model = build("llama")
+    encoder, chunks = Encoder(model), chunks_of((*[40] * 8, *[20] * 8, *[100] * 4))
+    alone = [dict(encoder.encode([ids]))[0] for ids in chunks]
+    encode, widths = model.encode, []
+
+    @torch.inference_mode()
+    def a_bit_off(rows, *rest):
+        keys, values = encode(rows, *rest)
+        if len(rows) == 2:
+            widths.append(rows.shape[1])
+            if rows.shape[1] == 40:
+                values[-1, 1] += 1
+        return keys, values
+
+    monkeypatch.setattr(model, "encode", a_bit_off)
+    assert all(is_same(kv, alone[index]) for index, kv in encoder.encode(chunks))
+    assert widths.count(40) == 1
