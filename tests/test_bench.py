@@ -49,7 +49,7 @@ def model(monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     takes(model.hf, "forward", forward_s)
-    takes(type(model), "encode", lambda self, ids, prefix=None: ids.numel() * TOKEN_S)
+    takes(type(model), "encode", lambda self, ids, *rest: ids.numel() * TOKEN_S)
     takes(KVStore, "get", READ_S)
     takes(KVStore, "put", WRITE_S)
     takes(Context, "place", PLACE_S)
