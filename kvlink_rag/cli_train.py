@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,11 @@ from kvlink_rag.cli_options import (
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.console import progress_bar, training_bar
 from kvlink_rag.errors import BadInput, KVLinkError
+
+if TYPE_CHECKING:
+    from kvlink_rag.links import Checkpoint
+
+SHIPPED = "shipped"  # as --start-from: the checkpoint that comes along
 
 
 def train(
@@ -43,12 +48,29 @@ def train(
     ] = None,
     trainable: Annotated[str, typer.Option("--trainable", help="links, reader, lora or full.")] = "reader",
     objective: Annotated[str, typer.Option("--objective", help="answers, distill or mixed.")] = "answers",
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            "--start-from",
+            help="Go on from this checkpoint's links and reader: a folder, a hub id, or shipped; with links or reader.",
+        ),
+    ] = None,
     num_link_tokens: Annotated[
-        int, typer.Option("--num-link-tokens", help="Link tokens behind each document; 0: none.", min=0)
-    ] = 5,
+        int | None,
+        typer.Option(
+            "--num-link-tokens",
+            help="Link tokens behind each document; 0: none. Default: those of --start-from, else 5.",
+            min=0,
+        ),
+    ] = None,
     slots: Annotated[
-        int, typer.Option("--slots", help="Sets of links, by a document's place; the last serves the rest.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--slots",
+            help="Sets of links, by a document's place; the last serves the rest. Default: as above, else 1.",
+            min=1,
+        ),
+    ] = None,
     min_docs: Annotated[int, typer.Option("--min-docs", help="Fewest documents in a context.", min=1)] = 2,
     max_docs: Annotated[int, typer.Option("--max-docs", help="Most documents in a context.", min=1)] = 10,
     max_turns: Annotated[int, typer.Option("--max-turns", help="Most questions asked of one context.", min=1)] = 16,
@@ -90,11 +112,12 @@ def train(
         language_model, _ = loaded_model(model, begun["dtype"] if dtype == "auto" else dtype, device, links=UNTRAINED)
         _say(export_saved(language_model, out), model, out, as_json)
         return
+    start = _start(start_from, model)
     settings = TrainSettings(
         trainable=trainable,
         objective=objective,
-        num_link_tokens=num_link_tokens,
-        slots=slots,
+        num_link_tokens=_first(num_link_tokens, start, "num_link_tokens", TrainSettings.num_link_tokens),
+        slots=_first(slots, start, "slots", TrainSettings.slots),
         min_docs=min_docs,
         max_docs=max_docs,
         max_turns=max_turns,
@@ -109,6 +132,7 @@ def train(
         save_minutes=save_minutes,
         seed=seed,
     )
+    links = str(start.folder) if start else UNTRAINED
     if not data and store is None:
         raise BadInput("nothing to learn from: give question files (--data) or a store of documents (--store)")
     files = [_file_and_weight(given) for given in data or ()]
@@ -117,10 +141,10 @@ def train(
     if len(examples) < len(files):
         raise BadInput("two data files have the same name; rename one")
     if store is None:
-        language_model, _ = loaded_model(model, dtype, device, links=UNTRAINED)
+        language_model, _ = loaded_model(model, dtype, device, links=links)
     else:
         with (
-            loaded(store, model, embedder, must_exist=True, links=UNTRAINED, dtype=dtype, device=device) as rag,
+            loaded(store, model, embedder, must_exist=True, links=links, dtype=dtype, device=device) as rag,
             progress_bar() as progress,
         ):
             examples["store"] = studied(rag, out / "run" / "questions.jsonl", questions, seed, progress)
@@ -133,6 +157,7 @@ def train(
                 out,
                 settings,
                 weights={path.name: weight for path, weight in files},
+                start=start,
                 resume=resume,
                 kv_folder=kv,
                 kv_gib=kv_gib,
@@ -141,6 +166,23 @@ def train(
     except KeyboardInterrupt:
         raise KVLinkError(f"stopped; give the same command with --resume to go on with {out}") from None
     _say(about, model, out, as_json)
+
+
+def _start(name: str | None, model: str) -> Checkpoint | None:
+    """The checkpoint that --start-from names."""
+    from kvlink_rag.links import Checkpoint
+
+    if name is None:
+        return None
+    found = Checkpoint.find(model, None if name == SHIPPED else name)
+    if found is None:
+        raise BadInput(f"--start-from {name}: no checkpoint comes along for {model}; give a folder or a hub id")
+    return found
+
+
+def _first(given: int | None, start: Checkpoint | None, name: str, default: int) -> int:
+    """An option as it was given, as it is in the checkpoint that is gone on from, or its default."""
+    return given if given is not None else int(start.about[name]) if start else default
 
 
 def _refuse_all_but(context: typer.Context, *names: str) -> None:

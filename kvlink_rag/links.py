@@ -89,6 +89,11 @@ class Checkpoint:
         return next((checkpoint for checkpoint in checkpoints if checkpoint.is_for(weights, origin)), None)
 
     @property
+    def digests(self) -> dict[str, str]:
+        """Of its files but `kvlink.json`, by their path in it. Raises CheckpointMismatch for one that is unreadable."""
+        return _parts(self.folder)
+
+    @property
     def adapter(self) -> Path | None:
         """The adapter for everything the model reads."""
         return self._part("adapter")

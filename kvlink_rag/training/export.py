@@ -12,15 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from kvlink_rag.compute import Job, compute
 from kvlink_rag.errors import BadInput
-from kvlink_rag.links import holds_parts
+from kvlink_rag.links import Checkpoint, holds_parts
 from kvlink_rag.model import LanguageModel, weights_digest
 from kvlink_rag.training.learner import Learner
-from kvlink_rag.training.trainer import TrainSettings, load_last, make_learner
+from kvlink_rag.training.start import copy, make_learner
+from kvlink_rag.training.trainer import TrainSettings, load_last
 
 ABOUT = "about.json"  # in OUT/run: what the checkpoint will say besides step and log
+START = "start"  # in OUT/run: the checkpoint that the run starts from
 
 
-def begin(out: Path, about: Mapping[str, Any], resume: bool) -> None:
+def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint | None = None) -> None:
     """Make `out` ready for a run. Raises BadInput where another lies there, or not the one to be resumed.
 
     Resuming reads pickles of the library's, so it reads none but those of a run that this folder began.
@@ -39,6 +41,8 @@ def begin(out: Path, about: Mapping[str, Any], resume: bool) -> None:
     if holds_parts(out):
         raise BadInput(f"{out} holds a checkpoint already; choose another folder")
     run.mkdir(parents=True, exist_ok=True)
+    if start:
+        copy(start, run / START)  # to be resumed and exported without the original
     (run / ABOUT).write_text(json.dumps(about, indent=2), "utf-8")
 
 
@@ -49,9 +53,15 @@ def begun_with(out: Path) -> dict[str, Any]:
         raise BadInput(f"{out} holds no run of this version; begin one, without --resume and --export")
     try:
         about: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return {**about, "settings": asdict(TrainSettings(**about["settings"]))}
+        return {"start": None, **about, "settings": asdict(TrainSettings(**about["settings"]))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} cannot be read ({error}); begin a run in another folder") from error
+
+
+def started_from(out: Path) -> Checkpoint | None:
+    """The checkpoint that the run in `out` starts from, as it was then."""
+    folder = out / "run" / START
+    return Checkpoint.open(folder) if folder.exists() else None
 
 
 def base(model: LanguageModel) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def export_saved(model: LanguageModel, out: str | Path) -> dict[str, Any]:
     settings = TrainSettings(**about["settings"])
 
     def work(job: Job) -> dict[str, Any]:
-        learner = make_learner(model, None, settings)
+        learner = make_learner(model, None, settings, started_from(out))
         step, log = load_last(learner, out / "run" / "trainer")
         return export(learner, out, about, step, log)
 
@@ -108,6 +118,8 @@ def export(
         weights = folder / "adapter_model.safetensors"
         halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
         save_file(halved, weights, metadata={"format": "pt"})
+    elif (start := started_from(out)) is not None:
+        copy(start, out, only="reader/")  # which the links were learnt for
     learner.link_tokens(str(out)).save(out, learner.model, about)
     return dict(about)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +41,12 @@ class Step:
 class Learner(nn.Module):
     """Links [slots * K, hidden] in float32, and the model with what of it is trained.
 
-    source: of stored KV; None where no step will run.
+    source: of stored KV; None where no step will run. The teacher is the model as it was given: its `reader`, by a
+    full prefill; where "links" are trained, that is also what reads them.
     trainable: "links" (nothing else), "reader" (an adapter for all that is computed at question time), "lora" (an
-    adapter for documents too) or "full" (all weights). gradient_checkpointing: keep no activation inside a layer, and
-    compute it again on the way back; not over stored KV.
+    adapter for documents too) or "full" (all weights). lora: settings of a new adapter. reader: folder of the adapter
+    in `model.reader`, to be trained further. gradient_checkpointing: keep no activation inside a layer, and compute it
+    again on the way back; not over stored KV.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Learner(nn.Module):
         *,
         trainable: str,
         lora: Any = None,
+        reader: Path | None = None,
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
@@ -65,9 +69,14 @@ class Learner(nn.Module):
         self.hf.requires_grad_(trainable == "full")
         self.peft = None
         if trainable in ("reader", "lora"):
-            from peft import get_peft_model
+            from peft import PeftModel, get_peft_model
 
-            self.peft = get_peft_model(self.hf, lora)
+            if reader is None:
+                self.peft = get_peft_model(self.hf, lora)
+            else:
+                self.peft = PeftModel.from_pretrained(self.hf, reader, is_trainable=True)
+                # where it lies here: by its public name peft, when saving, would look for it on the hub
+                self.peft.peft_config["default"].base_model_name_or_path = self.hf.name_or_path
         self.reads_stored_kv = trainable in OVER_STORED
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
@@ -105,21 +114,23 @@ class Learner(nn.Module):
             teacher = None
             if step.teacher is not None:
                 with torch.no_grad(), self._as_base():
-                    teacher = self.logits(step, step.teacher, (step.teacher.predicts >= 0).nonzero()[:, 0])
+                    places = (step.teacher.predicts >= 0).nonzero()[:, 0]
+                    teacher = self.logits(step, step.teacher, places, by_teacher=True)
             loss = objective(logits.float(), expected, None if teacher is None else teacher.float())
             weights.append((int(step.linked.turn.max()) + 1) ** 0.5)
             losses.append(loss / len(expected) * weights[-1])
         return {"loss": torch.stack(losses).sum() / sum(weights)}
 
-    def logits(self, step: Step, layout: Layout, places: Tensor) -> Tensor:
-        """Logits [places, vocabulary] at `places` of the layout."""
+    def logits(self, step: Step, layout: Layout, places: Tensor, *, by_teacher: bool = False) -> Tensor:
+        """Logits [places, vocabulary] at `places` of the layout, as they are learnt or by the teacher."""
+        reader = self.model.reader if by_teacher or self.trainable == "links" else self.hf
         if self.reads_stored_kv:
-            return self._over_stored(step, layout, places)
-        return self._all_at_once(layout, places)
+            return self._over_stored(step, layout, places, reader)
+        return self._all_at_once(layout, places, reader)
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _over_stored(self, step: Step, layout: Layout, places: Tensor) -> Tensor:
+    def _over_stored(self, step: Step, layout: Layout, places: Tensor, reader: Any) -> Tensor:
         """Run what is not stored over the KV of what is."""
         computed = ~layout.stored
         keys = torch.cat(((layout.stored & ~layout.private).nonzero()[:, 0], computed.nonzero()[:, 0]))
@@ -128,15 +139,15 @@ class Learner(nn.Module):
             cache = self._full_prefill(step) if layout.causal else self._placed(step, layout)
         position = layout.position
         mask = self._mask(layout.visible()[rows][:, keys], position[rows][:, None] - position[keys][None, :])
-        return self._run(layout, rows, mask, torch.searchsorted(rows, places), cache)
+        return self._run(layout, rows, mask, torch.searchsorted(rows, places), cache, reader)
 
-    def _all_at_once(self, layout: Layout, places: Tensor) -> Tensor:
+    def _all_at_once(self, layout: Layout, places: Tensor, reader: Any) -> Tensor:
         """Run the whole sequence under the mask."""
         rows = torch.arange(len(layout.ids))
         mask = self._mask(layout.visible(), layout.position[:, None] - layout.position[None, :])
-        return self._run(layout, rows, mask, places, None)
+        return self._run(layout, rows, mask, places, None, reader)
 
-    def _run(self, layout: Layout, rows: Tensor, mask: Any, places: Tensor, cache: Cache | None) -> Tensor:
+    def _run(self, layout: Layout, rows: Tensor, mask: Any, places: Tensor, cache: Cache | None, reader: Any) -> Tensor:
         device = self.model.device
         ids, link = layout.ids[rows].to(device), layout.link[rows].to(device)
         embeds = self.hf.get_input_embeddings()(ids)
@@ -144,7 +155,7 @@ class Learner(nn.Module):
             links = self.links.to(embeds.dtype)[link.clamp(min=0)]
             embeds = torch.where(link[:, None] >= 0, links, embeds)
         self.num_tokens += len(rows)
-        output = self.hf(
+        output = reader(
             inputs_embeds=embeds[None],
             position_ids=layout.position[rows].to(device)[None],
             attention_mask=mask,

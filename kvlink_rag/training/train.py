@@ -17,15 +17,17 @@ from kvlink_rag.config import GIB
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv_source import KVSource
+from kvlink_rag.links import Checkpoint
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.questions import Example
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.training.export import base, begin, export
+from kvlink_rag.training.export import base, begin, export, started_from
 from kvlink_rag.training.learner import OVER_STORED
 from kvlink_rag.training.lessons import make_lessons
+from kvlink_rag.training.start import make_learner, told
 from kvlink_rag.training.steps import Pool, Steps, StepSettings
-from kvlink_rag.training.trainer import Report, TrainSettings, make_learner, run
+from kvlink_rag.training.trainer import Report, TrainSettings, run
 
 
 def train(
@@ -35,6 +37,7 @@ def train(
     settings: TrainSettings | None = None,
     *,
     weights: Mapping[str, float] | None = None,
+    start: Checkpoint | None = None,
     resume: bool = False,
     kv_folder: str | Path | None = None,
     kv_gib: float = 10.0,
@@ -44,9 +47,10 @@ def train(
 
     data: examples by name; weights: how often each is drawn, 1 where not given. Those without documents (plain
     instructions) keep an adapter for documents, or all weights, from forgetting the rest; others learn nothing of
-    them. What resuming needs is kept in
-    `out`/run. kv_folder keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too.
-    The model is changed and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says.
+    them. start: a checkpoint to go on from, with its links, and its reader, with which `model` must be loaded; the
+    model as it is given is the teacher of "distill" and "mixed". What resuming needs is kept in `out`/run. kv_folder
+    keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too. The model is changed
+    and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says.
     Raises BadInput.
     """
     settings, out = settings or TrainSettings(), Path(out)
@@ -68,7 +72,7 @@ def train(
             job.check()
             report(figures)
 
-        return _train(model, data, out, settings, weights, resume, folder, int(kv_gib * GIB), checked)
+        return _train(model, data, out, settings, weights, start, resume, folder, int(kv_gib * GIB), checked)
 
     return compute.run(work)
 
@@ -79,6 +83,7 @@ def _train(
     out: Path,
     settings: TrainSettings,
     weights: Mapping[str, float],
+    start: Checkpoint | None,
     resume: bool,
     kv_folder: Path,
     kv_bytes: int,
@@ -111,12 +116,15 @@ def _train(
         "data": {name: len(examples) for name, examples in data.items()},
         "weights": dict(weights),
         "settings": asdict(settings),
+        "start": told(start) if start else None,
     }
-    begin(out, about, resume)
+    if start:
+        start.links(model).check_recipe(encoder.recipe)
+    begin(out, about, resume, start)
     torch.manual_seed(settings.seed)
     with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
         # under a name of its own: encoded in any company, so never to be served
         kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
-        learner = make_learner(model, KVSource(encoder, kvs), settings)
+        learner = make_learner(model, KVSource(encoder, kvs), settings, started_from(out))
         log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
     return export(learner, out, {**about, "seconds": round(time.monotonic() - started)}, settings.steps, log)

@@ -16,9 +16,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from kvlink_rag.compute import Cancelled
 from kvlink_rag.errors import BadInput, Diverged
-from kvlink_rag.kv_source import KVSource
-from kvlink_rag.links import LinkTokens
-from kvlink_rag.model import LanguageModel
 from kvlink_rag.training.learner import OVER_STORED, TRAINABLE, Learner, Step
 from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
 from kvlink_rag.training.steps import Steps
@@ -49,7 +46,7 @@ class TrainSettings:
     learning_rate: float = 5e-4
     link_learning_rate: float = 5e-3
     warmup: float = 0.05
-    lora_rank: int = 16
+    lora_rank: int = 16  # of an adapter that starts from nothing
     gradient_checkpointing: bool = False
     save_minutes: float = 5.0
     seed: int = 0
@@ -125,24 +122,6 @@ def run(
         trainer._save_checkpoint(learner, trial=None)
         raise
     return list(trainer.state.log_history)
-
-
-def make_learner(model: LanguageModel, source: KVSource | None, settings: TrainSettings) -> Learner:
-    """`model` with what of it is to be trained, as it is before the first step; source: None where no step will run."""
-    lora = None
-    if settings.trainable in ("reader", "lora"):
-        from peft import LoraConfig
-
-        rank = settings.lora_rank
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return Learner(
-        model,
-        source,
-        LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots),
-        trainable=settings.trainable,
-        lora=lora,
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
 
 
 class _Trainer(Trainer):  # type: ignore[misc]

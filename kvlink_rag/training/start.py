@@ -1,0 +1,83 @@
+"""Where a run starts: from nothing, or from a checkpoint whose links and reader it goes on with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvlink_rag.errors import BadInput
+from kvlink_rag.kv_source import KVSource
+from kvlink_rag.links import Checkpoint, LinkTokens
+from kvlink_rag.model import LanguageModel
+from kvlink_rag.training.learner import OVER_STORED, Learner
+from kvlink_rag.training.trainer import TrainSettings
+
+
+def copy(start: Checkpoint, folder: Path, *, only: str = "") -> None:
+    """The checkpoint's files, or those whose path in it begins so, into a folder."""
+    for name in ("kvlink.json", *start.digests):
+        if name.startswith(only):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(start.folder / name, folder / name)
+
+
+def told(start: Checkpoint) -> dict[str, Any]:
+    """What a run that starts there says of it: all it says of itself but the curve."""
+    return {**{key: value for key, value in start.about.items() if key != "log"}, "files": start.digests}
+
+
+def make_learner(
+    model: LanguageModel, source: KVSource | None, settings: TrainSettings, start: Checkpoint | None = None
+) -> Learner:
+    """`model` with what of it is to be trained, as it is before the first step.
+
+    source: None where no step will run. model: loaded with the reader of `start`, if that has one. Raises BadInput.
+    """
+    reader = start.reader if start else None
+    if (model.reader is not model.hf) != (reader is not None):
+        raise BadInput(
+            f"{model.name} was loaded {'without' if reader else 'with'} a reader, and the run starts "
+            f"{'from a checkpoint with one' if reader else 'from none'}; load the model with the reader of the "
+            f"checkpoint that the run starts from, and no other"
+        )
+    lora = None
+    if settings.trainable in ("reader", "lora") and reader is None:
+        from peft import LoraConfig
+
+        rank = settings.lora_rank
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return Learner(
+        model,
+        source,
+        _links(model, settings, start),
+        trainable=settings.trainable,
+        lora=lora,
+        reader=reader,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def _links(model: LanguageModel, settings: TrainSettings, start: Checkpoint | None) -> LinkTokens:
+    """Those of `start`, with as many slots and links more as are asked for: new links begin as the newline token."""
+    new = LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots)
+    if start is None:
+        return new
+    if start.adapter or settings.trainable not in OVER_STORED:
+        raise BadInput(
+            f"trainable {settings.trainable!r}, and {start.name} {'with' if start.adapter else 'without'} an adapter "
+            f"for documents: a run that starts from a checkpoint trains {' or '.join(OVER_STORED)}, over documents "
+            f"that are read by the base"
+        )
+    known = start.links(model).embeddings
+    slots, per_chunk, _ = known.shape
+    if settings.num_link_tokens < per_chunk or settings.slots < slots:
+        raise BadInput(
+            f"{start.name} has {per_chunk} link tokens and {slots} slots, more than the {settings.num_link_tokens} and "
+            f"{settings.slots} asked for; give as many or more"
+        )
+    more = known[-1:].expand(settings.slots - slots, -1, -1)  # the last slot served them so far
+    embeddings = torch.cat((torch.cat((known, more)), new.embeddings[:, per_chunk:]), 1)
+    return LinkTokens(embeddings, start.name, start.about)
