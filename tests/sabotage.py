@@ -91,6 +91,16 @@ SABOTAGES = [
         ("test_pairs.py", "holds_what_each"),
     ),
     Sabotage(
+        "teach by the base what a checkpoint knows better", "training/learner.py",
+        "reader = self.model.reader if by_teacher or", "reader = self.model.reader if",
+        ("test_start.py", "the_teacher_is"),
+    ),
+    Sabotage(
+        "train links and ship them without their reader", "training/export.py",
+        'copy(start, out, only="reader/")', "pass",
+        ("test_start.py", "stays_as_it_is"),
+    ),
+    Sabotage(
         "forget the template in the recipe", "encoding.py",
         "chunk_template=template", 'chunk_template=""',
         ("test_identity.py", "only_its_own"),

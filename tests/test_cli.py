@@ -194,6 +194,24 @@ def test_train_writes_a_checkpoint_and_says_how_to_use_it(kvlink, tmp_path):
     assert code == 1 and "FILE=WEIGHT" in err
 
 
+def test_train_goes_on_from_a_checkpoint(kvlink, tmp_path):
+    """With as many links and slots as it has, unless told otherwise."""
+    base, data, first = tiny_folder(tmp_path), tmp_path / "data.jsonl", tmp_path / "first"
+    row = {"question": "Where?", "answers": ["here"], "documents": [{"text": "It is here.", "is_gold": True}]}
+    data.write_text(json.dumps(row) + "\n", "utf-8")
+    options = ("train", "--data", data, "--model", base, "--steps", 1, "--batch", 1, "--min-docs", 1)
+    code, _, _ = kvlink(*options, "--num-link-tokens", 2, "--slots", 3, "--out", first)
+    assert code == 0
+    code, text, _ = kvlink(
+        *options, "--start-from", first, "--trainable", "links", "--out", tmp_path / "second", "--json"
+    )
+    about = json.loads(text)
+    assert code == 0 and [about["settings"][name] for name in ("num_link_tokens", "slots")] == [2, 3]
+    assert (tmp_path / "second" / "reader" / "adapter_config.json").exists()
+    code, _, err = kvlink(*options, "--start-from", "shipped", "--out", tmp_path / "third")
+    assert code == 1 and "no checkpoint comes along for" in err.replace("\n", " ")
+
+
 def test_bench_ttft_prints_its_json_form(kvlink):
     code, out, _ = kvlink("bench", "ttft", "--contexts", "200", "--repeats", 1, "--json")
     (row,) = json.loads(out)
