@@ -22,7 +22,7 @@ from kvlink_rag.training.trainer import TrainSettings
 HERE = Path(__file__).parent
 
 
-def main(num_questions: int = 45, steps: int = 60, num_held_out: int = 20) -> None:
+def main(num_questions: int = 60, steps: int = 90, num_held_out: int = 60) -> None:
     logging.disable_progress_bar()
     started = time.monotonic()
     rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text("utf-8").splitlines()]

@@ -68,6 +68,15 @@ def reader_of(hf: Any, adapter: Path) -> Any:
     return copy.deepcopy(hf, memo)
 
 
+def plain_rank(adapter: Path) -> int | None:
+    """The rank of an adapter that adds alpha / r * B @ A to weights and does nothing else; None for any other.
+
+    Raises CheckpointMismatch for one that cannot be read.
+    """
+    plain = _plain_lora(adapter)
+    return len(next(iter(plain[1].values()))[0]) if plain and plain[1] else None
+
+
 def _plain_lora(adapter: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]] | None:
     """Scale, and by name of the weight its factors A [rank, in] and B [out, rank]; None where there is more to it."""
     try:

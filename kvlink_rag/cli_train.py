@@ -82,7 +82,10 @@ def train(
     accumulate: Annotated[int, typer.Option("--accumulate", help="Batches per optimiser step.", min=1)] = 1,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of weights and adapters.")] = 5e-4,
     link_learning_rate: Annotated[float, typer.Option("--link-learning-rate", help="Of the links.")] = 5e-3,
-    lora_rank: Annotated[int, typer.Option("--lora-rank", help="Rank of the adapter.", min=1)] = 16,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option("--lora-rank", help="Rank of the adapter. Default: that of --start-from, else 16.", min=1),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time; with --trainable lora or full.")
     ] = False,
@@ -100,8 +103,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train link tokens for a model, and with --trainable reader, lora or full what reads them."""
+    from kvlink_rag.adapters import plain_rank
     from kvlink_rag.questions import read_examples, read_passages
-    from kvlink_rag.training.export import begun_with, export_saved
+    from kvlink_rag.training.export import begun_with, export_saved, started_from
+    from kvlink_rag.training.start import check_start
     from kvlink_rag.training.study import studied
     from kvlink_rag.training.train import train as run_training
     from kvlink_rag.training.trainer import TrainSettings
@@ -109,15 +114,16 @@ def train(
     if export:
         _refuse_all_but(context, "out", "export", "model", "dtype", "device", "as_json")
         begun = begun_with(out)
-        language_model, _ = loaded_model(model, begun["dtype"] if dtype == "auto" else dtype, device, links=UNTRAINED)
+        dtype = begun["dtype"] if dtype == "auto" else dtype
+        language_model, _ = loaded_model(model, dtype, device, links=_links(started_from(out)))
         _say(export_saved(language_model, out), model, out, as_json)
         return
-    start = _start(start_from, model)
+    start = started_from(out) if resume and start_from is None else _start(start_from, model)
     settings = TrainSettings(
         trainable=trainable,
         objective=objective,
-        num_link_tokens=_first(num_link_tokens, start, "num_link_tokens", TrainSettings.num_link_tokens),
-        slots=_first(slots, start, "slots", TrainSettings.slots),
+        num_link_tokens=_first(num_link_tokens, start.shape[1] if start else None, TrainSettings.num_link_tokens),
+        slots=_first(slots, start.shape[0] if start else None, TrainSettings.slots),
         min_docs=min_docs,
         max_docs=max_docs,
         max_turns=max_turns,
@@ -127,12 +133,15 @@ def train(
         accumulate=accumulate,
         learning_rate=learning_rate,
         link_learning_rate=link_learning_rate,
-        lora_rank=lora_rank,
+        lora_rank=_first(
+            lora_rank, plain_rank(start.reader) if start and start.reader else None, TrainSettings.lora_rank
+        ),
         gradient_checkpointing=gradient_checkpointing,
         save_minutes=save_minutes,
         seed=seed,
     )
-    links = str(start.folder) if start else UNTRAINED
+    if start:
+        check_start(start, settings)
     if not data and store is None:
         raise BadInput("nothing to learn from: give question files (--data) or a store of documents (--store)")
     files = [_file_and_weight(given) for given in data or ()]
@@ -141,10 +150,10 @@ def train(
     if len(examples) < len(files):
         raise BadInput("two data files have the same name; rename one")
     if store is None:
-        language_model, _ = loaded_model(model, dtype, device, links=links)
+        language_model, _ = loaded_model(model, dtype, device, links=_links(start))
     else:
         with (
-            loaded(store, model, embedder, must_exist=True, links=links, dtype=dtype, device=device) as rag,
+            loaded(store, model, embedder, must_exist=True, links=_links(start), dtype=dtype, device=device) as rag,
             progress_bar() as progress,
         ):
             examples["store"] = studied(rag, out / "run" / "questions.jsonl", questions, seed, progress)
@@ -157,7 +166,7 @@ def train(
                 out,
                 settings,
                 weights={path.name: weight for path, weight in files},
-                start=start,
+                start=start.folder if start else None,
                 resume=resume,
                 kv_folder=kv,
                 kv_gib=kv_gib,
@@ -174,15 +183,22 @@ def _start(name: str | None, model: str) -> Checkpoint | None:
 
     if name is None:
         return None
+    if name == UNTRAINED:
+        raise BadInput("--start-from untrained names no checkpoint; leave --start-from out")
     found = Checkpoint.find(model, None if name == SHIPPED else name)
     if found is None:
         raise BadInput(f"--start-from {name}: no checkpoint comes along for {model}; give a folder or a hub id")
     return found
 
 
-def _first(given: int | None, start: Checkpoint | None, name: str, default: int) -> int:
+def _links(start: Checkpoint | None) -> str:
+    """What to load a model with for a run that starts there."""
+    return str(start.folder.resolve()) if start else UNTRAINED
+
+
+def _first(given: int | None, started_with: int | None, default: int) -> int:
     """An option as it was given, as it is in the checkpoint that is gone on from, or its default."""
-    return given if given is not None else int(start.about[name]) if start else default
+    return next(value for value in (given, started_with, default) if value is not None)
 
 
 def _refuse_all_but(context: typer.Context, *names: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
@@ -87,6 +88,16 @@ class Checkpoint:
         weights, origin = weights_digest(folder), model_origin(model)
         checkpoints = [cls.open(path.parent) for path in found]
         return next((checkpoint for checkpoint in checkpoints if checkpoint.is_for(weights, origin)), None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Slots, and link tokens in each. Raises CheckpointMismatch."""
+        try:
+            with safe_open(self.folder / "link.safetensors", "pt") as file:
+                slots, per_chunk, _ = file.get_slice("links").get_shape()
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointMismatch(f"{self.name} holds no readable link.safetensors: {error}") from error
+        return slots, per_chunk
 
     @property
     def digests(self) -> dict[str, str]:

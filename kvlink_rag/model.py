@@ -47,11 +47,13 @@ class LanguageModel:
         weights: str | None = None,
         adapter: str = "",
         reader: Any = None,
+        reader_adapter: str = "",
         origin: str = "",
     ):
         """Wrap a loaded model.
 
-        weights is the digest of its files; without it the tensors are digested. origin is that of the file they were
+        weights is the digest of its files; without it the tensors are digested. adapter and reader_adapter are those of
+        the adapters in hf and in reader. origin is that of the file they were
         converted from, if any.
         """
         config = hf.config.get_text_config()
@@ -65,7 +67,7 @@ class LanguageModel:
         self.end_ids = _end_ids(hf, self.tokenizer)
         self.weights = weights or _tensor_digest(hf)
         self.origin = origin
-        self.adapter = adapter
+        self.adapter, self.reader_adapter = adapter, reader_adapter
         self.config_digest = config_digest(config.to_dict())
         self._windows = _windows(config)
         if hf.config._attn_implementation == "sdpa":
@@ -115,12 +117,13 @@ class LanguageModel:
         if adapter is None:
             hf = _load_weights(folder, wanted).to(target)
         else:
-            adapter_digest = folder_digest(Path(adapter), ("*.safetensors", "adapter_config.json"), _digest_cache())
+            adapter_digest = adapter_digest_of(Path(adapter))
             hf = adapters.merge(_load_weights(folder, torch.float32), Path(adapter)).to(device=target, dtype=wanted)
-        reading = None
+        reading, reader_digest = None, ""
         if reader is not None:
             base = hf if adapter is None else _load_weights(folder, wanted).to(target)
             reading = adapters.reader_of(base, Path(reader))
+            reader_digest = adapter_digest_of(Path(reader))
         return cls(
             hf,
             tokenizer,
@@ -128,6 +131,7 @@ class LanguageModel:
             weights=weights_digest(folder),
             adapter=adapter_digest,
             reader=reading,
+            reader_adapter=reader_digest,
             origin=model_origin(model),
         )
 
@@ -305,6 +309,11 @@ def model_origin(model: str | Path) -> str:
 def weights_digest(folder: Path) -> str:
     """Digest of a model's weight files."""
     return folder_digest(folder, _WEIGHT_FILES, _digest_cache())
+
+
+def adapter_digest_of(folder: Path) -> str:
+    """Digest of an adapter's files."""
+    return folder_digest(folder, ("*.safetensors", "adapter_config.json"), _digest_cache())
 
 
 def _load_weights(folder: Path, dtype: torch.dtype) -> Any:

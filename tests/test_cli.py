@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,13 @@ def test_train_goes_on_from_a_checkpoint(kvlink, tmp_path):
     about = json.loads(text)
     assert code == 0 and [about["settings"][name] for name in ("num_link_tokens", "slots")] == [2, 3]
     assert (tmp_path / "second" / "reader" / "adapter_config.json").exists()
+    shutil.rmtree(first)
+    code, _, _ = kvlink(*options, "--trainable", "links", "--out", tmp_path / "second", "--resume")
+    assert code == 0
+    code, text, _ = kvlink("train", "--model", base, "--out", tmp_path / "second", "--export", "--json")
+    assert code == 0 and json.loads(text)["start"]["files"]
+    code, _, err = kvlink(*options, "--start-from", "untrained", "--out", tmp_path / "third")
+    assert code == 1 and "names no checkpoint" in err
     code, _, err = kvlink(*options, "--start-from", "shipped", "--out", tmp_path / "third")
     assert code == 1 and "no checkpoint comes along for" in err.replace("\n", " ")
 

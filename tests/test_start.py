@@ -34,7 +34,9 @@ def started(base, tmp_path_factory):
 def go_on(base, start, out, *, resume=False, report=lambda figures: None, **changes):
     """Train from `start`; the losses by step."""
     model = LanguageModel.load(base, reader=start.reader, dtype="float32")
-    about = train(model, {"boxes": examples()}, out, settings(**changes), start=start, resume=resume, report=report)
+    about = train(
+        model, {"boxes": examples()}, out, settings(**changes), start=start.folder, resume=resume, report=report
+    )
     return {entry["step"]: entry["loss"] for entry in about["log"]}
 
 
@@ -118,19 +120,40 @@ def test_more_links_than_the_start_has_begin_as_new_ones(base, started, tmp_path
         ({"slots": 1}, r"more than the 2 and 1 asked for"),
         ({"trainable": "lora"}, r"trainable 'lora'.*trains links or reader"),
         ({"trainable": "full"}, r"trainable 'full'.*trains links or reader"),
+        ({"trainable": "reader", "lora_rank": 4}, r"has rank 16, and 4 was asked for"),
     ],
 )
 def test_what_cannot_go_on_from_a_checkpoint_is_refused(changes, said, base, started, tmp_path):
     with pytest.raises(BadInput, match=said):
         go_on(base, started, tmp_path / "out", steps=1, **changes)
-    assert not (tmp_path / "out" / "kvlink.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("start", [None, "started"], ids=["no start, a reader", "a start, no reader"])
-def test_a_model_with_another_reader_than_the_start_s_is_refused(start, base, started, tmp_path):
-    model = LanguageModel.load(base, reader=None if start else started.reader, dtype="float32")
-    with pytest.raises(BadInput, match="load the model with the reader of the checkpoint that the run starts from"):
-        train(model, {"boxes": examples()}, tmp_path / "out", settings(), start=started if start else None)
+def test_a_model_with_another_reader_than_the_start_s_is_refused(base, started, tmp_path):
+    go_on(base, started, tmp_path / "other", steps=1, trainable="reader")
+    other = tmp_path / "other"
+    for reader, start, said in (
+        (None, other, "without a reader, the run starts with one"),
+        (started.reader, other, "with a reader, the run starts with another"),
+        (started.reader, None, "with a reader, the run starts with none"),
+    ):
+        model = LanguageModel.load(base, reader=reader, dtype="float32")
+        with pytest.raises(BadInput, match=said):
+            train(model, {"boxes": examples()}, tmp_path / "out" / said, settings(), start=start)
+
+
+def test_a_reader_that_is_no_plain_lora_keeps_to_itself(base, started, tmp_path):
+    """PEFT would write its biases into the model that reads documents: links can be learnt for it, itself not."""
+    own = tmp_path / "own"
+    shutil.copytree(started.folder, own)
+    path = own / "reader" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "bias": "all"}), "utf-8")
+    about = json.loads((own / "kvlink.json").read_text("utf-8"))
+    about.pop("files")
+    (own / "kvlink.json").write_text(json.dumps(about), "utf-8")
+    with pytest.raises(BadInput, match="no plain LoRA adapter; train links for it"):
+        go_on(base, Checkpoint.open(own), tmp_path / "out", steps=1, trainable="reader")
+    go_on(base, Checkpoint.open(own), tmp_path / "out", steps=1, trainable="links")
 
 
 def test_an_adapter_for_documents_cannot_be_gone_on_from(base, tmp_path):
@@ -178,7 +201,7 @@ def test_a_checkpoint_says_what_its_run_started_from(base, started, tmp_path):
 
 def test_a_run_is_resumed_from_no_other_start(base, started, tmp_path):
     go_on(base, started, tmp_path / "out", steps=1)
-    with pytest.raises(BadInput, match="begun with start"):
+    with pytest.raises(BadInput, match=r"begun with start link.safetensors [0-9a-f]{12}.*now it is start from nothing"):
         train(
             LanguageModel.load(base, dtype="float32"),
             {"boxes": examples()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +16,14 @@ from kvlink_rag.errors import BadInput
 from kvlink_rag.links import Checkpoint, holds_parts
 from kvlink_rag.model import LanguageModel, weights_digest
 from kvlink_rag.training.learner import Learner
-from kvlink_rag.training.start import copy, make_learner
+from kvlink_rag.training.start import copy_checkpoint, make_learner
 from kvlink_rag.training.trainer import TrainSettings, load_last
 
 ABOUT = "about.json"  # in OUT/run: what the checkpoint will say besides step and log
 START = "start"  # in OUT/run: the checkpoint that the run starts from
 
 
-def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint | None = None) -> None:
+def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint | None) -> None:
     """Make `out` ready for a run. Raises BadInput where another lies there, or not the one to be resumed.
 
     Resuming reads pickles of the library's, so it reads none but those of a run that this folder began.
@@ -41,8 +42,9 @@ def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint |
     if holds_parts(out):
         raise BadInput(f"{out} holds a checkpoint already; choose another folder")
     run.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run / START, ignore_errors=True)  # of a run that came no further
     if start:
-        copy(start, run / START)  # to be resumed and exported without the original
+        copy_checkpoint(start, run / START)  # to be resumed and exported without the original
     (run / ABOUT).write_text(json.dumps(about, indent=2), "utf-8")
 
 
@@ -59,9 +61,8 @@ def begun_with(out: Path) -> dict[str, Any]:
 
 
 def started_from(out: Path) -> Checkpoint | None:
-    """The checkpoint that the run in `out` starts from, as it was then."""
-    folder = out / "run" / START
-    return Checkpoint.open(folder) if folder.exists() else None
+    """The checkpoint that the run in `out` starts from, as it was then. Raises BadInput, CheckpointMismatch."""
+    return Checkpoint.open(out / "run" / START) if begun_with(out)["start"] else None
 
 
 def base(model: LanguageModel) -> dict[str, Any]:
@@ -113,13 +114,14 @@ def export(
         (folder / "README.md").unlink(missing_ok=True)  # a model card full of blanks
         adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         adapter["base_model_name_or_path"] = learner.model.public_name
-        adapter["target_modules"].sort()
+        if isinstance(adapter["target_modules"], list):
+            adapter["target_modules"].sort()
         (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n", "utf-8")
         weights = folder / "adapter_model.safetensors"
         halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
         save_file(halved, weights, metadata={"format": "pt"})
     elif (start := started_from(out)) is not None:
-        copy(start, out, only="reader/")  # which the links were learnt for
+        copy_checkpoint(start, out, only="reader/")  # which the links were learnt for
     learner.link_tokens(str(out)).save(out, learner.model, about)
     return dict(about)
 
@@ -132,7 +134,17 @@ def _differing(known: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _told(about: Mapping[str, Any], names: Sequence[str]) -> str:
     names = ["base_name", *names] if "base_weights" in names else names
-    return ", ".join(f"{name} {str(_flat(about).get(name))[:60]}" for name in names)
+    values = {**_flat(about), "start": _first_digits(about.get("start"))}
+    return ", ".join(f"{name} {str(values.get(name))[:60]}" for name in names)
+
+
+def _first_digits(start: Mapping[str, Any] | None) -> str:
+    """By which one checkpoint is told from another, in a line."""
+    return (
+        "from nothing"
+        if start is None
+        else ", ".join(f"{name} {digest[:12]}" for name, digest in start["files"].items())
+    )
 
 
 def _flat(about: Mapping[str, Any]) -> dict[str, Any]:

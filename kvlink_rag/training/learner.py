@@ -41,8 +41,8 @@ class Step:
 class Learner(nn.Module):
     """Links [slots * K, hidden] in float32, and the model with what of it is trained.
 
-    source: of stored KV; None where no step will run. The teacher is the model as it was given: its `reader`, by a
-    full prefill; where "links" are trained, that is also what reads them.
+    source: of stored KV; None where no step will run. The teacher is the model's `reader` as it was given, by a full
+    prefill (with "full": as it stands); where "links" are trained, that is also what reads them.
     trainable: "links" (nothing else), "reader" (an adapter for all that is computed at question time), "lora" (an
     adapter for documents too) or "full" (all weights). lora: settings of a new adapter. reader: folder of the adapter
     in `model.reader`, to be trained further. gradient_checkpointing: keep no activation inside a layer, and compute it

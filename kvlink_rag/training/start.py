@@ -8,23 +8,46 @@ from typing import Any
 
 import torch
 
+from kvlink_rag.adapters import plain_rank
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.links import Checkpoint, LinkTokens
-from kvlink_rag.model import LanguageModel
+from kvlink_rag.model import LanguageModel, adapter_digest_of
 from kvlink_rag.training.learner import OVER_STORED, Learner
 from kvlink_rag.training.trainer import TrainSettings
 
 
-def copy(start: Checkpoint, folder: Path, *, only: str = "") -> None:
-    """The checkpoint's files, or those whose path in it begins so, into a folder."""
+def check_start(start: Checkpoint, settings: TrainSettings) -> None:
+    """Raise BadInput where a run of these settings cannot go on from a checkpoint."""
+    if start.adapter or settings.trainable not in OVER_STORED:
+        raise BadInput(
+            f"trainable {settings.trainable!r}, and {start.name} {'with' if start.adapter else 'without'} an adapter "
+            f"for documents: a run that starts from a checkpoint trains {' or '.join(OVER_STORED)}, over documents "
+            f"that are read by the base"
+        )
+    slots, per_chunk = start.shape
+    if settings.num_link_tokens < per_chunk or settings.slots < slots:
+        raise BadInput(
+            f"{start.name} has {per_chunk} link tokens and {slots} slots, more than the {settings.num_link_tokens} and "
+            f"{settings.slots} asked for; give as many or more"
+        )
+    if start.reader and settings.trainable == "reader":
+        rank = plain_rank(start.reader)
+        if rank is None:
+            raise BadInput(f"the reader of {start.name} is no plain LoRA adapter; train links for it, not the reader")
+        if rank != settings.lora_rank:
+            raise BadInput(f"the reader of {start.name} has rank {rank}, and {settings.lora_rank} was asked for")
+
+
+def copy_checkpoint(start: Checkpoint, folder: Path, *, only: str = "") -> None:
+    """Copy its files, or those whose path in it begins so, into a folder."""
     for name in ("kvlink.json", *start.digests):
         if name.startswith(only):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(start.folder / name, folder / name)
 
 
-def told(start: Checkpoint) -> dict[str, Any]:
+def provenance(start: Checkpoint) -> dict[str, Any]:
     """What a run that starts there says of it: all it says of itself but the curve."""
     return {**{key: value for key, value in start.about.items() if key != "log"}, "files": start.digests}
 
@@ -37,10 +60,11 @@ def make_learner(
     source: None where no step will run. model: loaded with the reader of `start`, if that has one. Raises BadInput.
     """
     reader = start.reader if start else None
-    if (model.reader is not model.hf) != (reader is not None):
+    has_reader = model.reader is not model.hf
+    if has_reader != bool(reader) or (reader and model.reader_adapter != adapter_digest_of(reader)):
         raise BadInput(
-            f"{model.name} was loaded {'without' if reader else 'with'} a reader, and the run starts "
-            f"{'from a checkpoint with one' if reader else 'from none'}; load the model with the reader of the "
+            f"{model.name} was loaded {'with a' if has_reader else 'without a'} reader, the run starts with "
+            f"{'none' if not reader else 'another' if has_reader else 'one'}; load the model with the reader of the "
             f"checkpoint that the run starts from, and no other"
         )
     lora = None
@@ -65,19 +89,8 @@ def _links(model: LanguageModel, settings: TrainSettings, start: Checkpoint | No
     new = LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots)
     if start is None:
         return new
-    if start.adapter or settings.trainable not in OVER_STORED:
-        raise BadInput(
-            f"trainable {settings.trainable!r}, and {start.name} {'with' if start.adapter else 'without'} an adapter "
-            f"for documents: a run that starts from a checkpoint trains {' or '.join(OVER_STORED)}, over documents "
-            f"that are read by the base"
-        )
     known = start.links(model).embeddings
     slots, per_chunk, _ = known.shape
-    if settings.num_link_tokens < per_chunk or settings.slots < slots:
-        raise BadInput(
-            f"{start.name} has {per_chunk} link tokens and {slots} slots, more than the {settings.num_link_tokens} and "
-            f"{settings.slots} asked for; give as many or more"
-        )
     more = known[-1:].expand(settings.slots - slots, -1, -1)  # the last slot served them so far
     embeddings = torch.cat((torch.cat((known, more)), new.embeddings[:, per_chunk:]), 1)
     return LinkTokens(embeddings, start.name, start.about)

@@ -22,10 +22,10 @@ from kvlink_rag.model import LanguageModel
 from kvlink_rag.questions import Example
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.training.export import base, begin, export, started_from
+from kvlink_rag.training.export import base, begin, export
 from kvlink_rag.training.learner import OVER_STORED
 from kvlink_rag.training.lessons import make_lessons
-from kvlink_rag.training.start import make_learner, told
+from kvlink_rag.training.start import check_start, make_learner, provenance
 from kvlink_rag.training.steps import Pool, Steps, StepSettings
 from kvlink_rag.training.trainer import Report, TrainSettings, run
 
@@ -37,7 +37,7 @@ def train(
     settings: TrainSettings | None = None,
     *,
     weights: Mapping[str, float] | None = None,
-    start: Checkpoint | None = None,
+    start: str | Path | None = None,
     resume: bool = False,
     kv_folder: str | Path | None = None,
     kv_gib: float = 10.0,
@@ -47,10 +47,10 @@ def train(
 
     data: examples by name; weights: how often each is drawn, 1 where not given. Those without documents (plain
     instructions) keep an adapter for documents, or all weights, from forgetting the rest; others learn nothing of
-    them. start: a checkpoint to go on from, with its links, and its reader, with which `model` must be loaded; the
-    model as it is given is the teacher of "distill" and "mixed". What resuming needs is kept in `out`/run. kv_folder
-    keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too. The model is changed
-    and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says.
+    them. start: folder or hub id of a checkpoint to go on from, with its links, and its reader, with which `model`
+    must be loaded; the model as it is given is the teacher of "distill" and "mixed". What resuming needs is kept in
+    `out`/run. kv_folder keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too.
+    The model is changed and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says.
     Raises BadInput.
     """
     settings, out = settings or TrainSettings(), Path(out)
@@ -65,6 +65,9 @@ def train(
             f"examples without documents in {found}: trainable {settings.trainable!r} learns nothing from them, since "
             f"plain prompts are answered by the untouched model; leave them out, or train 'lora' or 'full'"
         )
+    checkpoint = None if start is None else Checkpoint.open(start)
+    if checkpoint:
+        check_start(checkpoint, settings)
     folder = Path(kv_folder) if kv_folder is not None else out / "run" / "kv"
 
     def work(job: Job) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def train(
             job.check()
             report(figures)
 
-        return _train(model, data, out, settings, weights, start, resume, folder, int(kv_gib * GIB), checked)
+        return _train(model, data, out, settings, weights, checkpoint, resume, folder, int(kv_gib * GIB), checked)
 
     return compute.run(work)
 
@@ -116,7 +119,7 @@ def _train(
         "data": {name: len(examples) for name, examples in data.items()},
         "weights": dict(weights),
         "settings": asdict(settings),
-        "start": told(start) if start else None,
+        "start": provenance(start) if start else None,
     }
     if start:
         start.links(model).check_recipe(encoder.recipe)
@@ -125,6 +128,6 @@ def _train(
     with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
         # under a name of its own: encoded in any company, so never to be served
         kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
-        learner = make_learner(model, KVSource(encoder, kvs), settings, started_from(out))
+        learner = make_learner(model, KVSource(encoder, kvs), settings, start)
         log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
     return export(learner, out, {**about, "seconds": round(time.monotonic() - started)}, settings.steps, log)
