@@ -5,9 +5,9 @@ in: a chunk encoded on first use answers exactly like one encoded at ingestion. 
 its own length, on one core, with other chunks on the others; a long one on all cores. Elsewhere it is a fixed number of
 rows, their length padded to a bucket.
 
-Where a CPU has many chunks to read, two of them share each product with the weights, which are then fetched once for
-both: a sixth more tokens a second. That this changes no bit is tried on the first two of about every length, not
-believed.
+Where a CPU has many chunks of about one length to read, up to four of them share each product with the weights, which
+are then fetched and laid out once for all: a fifth more tokens a second. That this changes no bit is tried on the first
+of every such length, not believed. A question that comes meanwhile waits for no more than SHARED_TOKENS.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ LengthKind = tuple[int, bool, bool]
 NUM_ROWS = 4
 BUCKET_TOKENS = 32
 ONE_CORE_TOKENS = 512  # a CPU reads chunks up to this length side by side
-MANY_CHUNKS = 16  # from so many on it is worth trying whether two may share products
-MAX_PADDING = 0.2  # of a pair's longer chunk, behind the shorter one
-# a model -> kind of length -> whether a pair of such chunks was found the same, to the last bit, as each alone
-_pairs_tried: weakref.WeakKeyDictionary[LanguageModel, dict[LengthKind, bool]] = weakref.WeakKeyDictionary()
+MANY_CHUNKS = 24  # of one kind of length: from so many on it is worth trying whether they may share products
+SHARED_TOKENS, SHARED_CHUNKS = 640, 4  # how many at most share products
+MAX_PADDING = 0.2  # of a group's longest chunk, behind a shorter one
+# a model -> kind of length -> whether a group of such chunks was found the same, to the last bit, as each alone
+_groups_tried: weakref.WeakKeyDictionary[LanguageModel, dict[LengthKind, bool]] = weakref.WeakKeyDictionary()
 
 
 def canonical_shape(device: torch.device) -> tuple[int, int]:
@@ -101,14 +102,15 @@ class Encoder:
         for batch in batches[:num_long]:
             yield from self._encode_batch(batch, chunks)
         short = batches[num_long:]
-        if len(short) >= MANY_CHUNKS and self._may_pair():
+        if len(short) >= MANY_CHUNKS and self._may_share():
             kinds = groupby(short, lambda batch: _kind(len(chunks[batch[0]])))
-            tried, short = _pairs_tried.setdefault(self.model, {}), []
+            tried, short = _groups_tried.setdefault(self.model, {}), []
             for kind, run in kinds:
-                singles = list(run)
-                if kind not in tried and len(singles) > 1:
-                    yield from self._try_pair(kind, singles.pop(0), singles.pop(0), chunks)
-                short += _paired(singles, chunks) if tried.get(kind) else singles
+                singles, size = list(run), _group_size(kind)
+                if kind not in tried and size > 1 and len(singles) >= MANY_CHUNKS:
+                    yield from self._try_group(kind, singles[:size], chunks)
+                    singles = singles[size:]
+                short += _grouped(singles, chunks, size) if tried.get(kind) else singles
         with closing(on_cores(lambda batch: self._encode_batch(batch, chunks), short, compute.is_wanted)) as coming:
             for results in coming:
                 yield from results
@@ -140,26 +142,26 @@ class Encoder:
         """Tokens of a row, padding included."""
         return -(-len(ids) // self._bucket) * self._bucket
 
-    def _may_pair(self) -> bool:
-        """Whether pairs are possible at all."""
+    def _may_share(self) -> bool:
+        """Whether chunks can share products at all."""
         is_possible = self.model.can_batch and self._prefix is not None and self._num_rows == 1
-        # experts share out the rows by what they hold, so that one trial says nothing of the next pair
+        # experts share out the rows by what they hold, so that one trial says nothing of the next group
         is_dense = all(weights.ndim < 3 for weights in self.model.hf.parameters())
         return is_possible and is_dense
 
-    def _try_pair(
-        self, kind: LengthKind, first: list[int], second: list[int], chunks: Sequence[tuple[int, ...]]
+    def _try_group(
+        self, kind: LengthKind, singles: list[list[int]], chunks: Sequence[tuple[int, ...]]
     ) -> Iterator[tuple[int, KV]]:
-        """Yield two chunks, each read alone; and find out whether they are the same as a pair."""
-        pieces = [first, second, first + second]
-        with closing(on_cores(lambda batch: self._encode_batch(batch, chunks), pieces)) as coming:
-            alone_1, alone_2, paired = coming
-        yield from (*alone_1, *alone_2)
-        same = [
-            torch.equal(alone.keys, pair.keys) and torch.equal(alone.values, pair.values)
-            for (_, alone), (_, pair) in zip((*alone_1, *alone_2), paired, strict=True)
-        ]
-        _pairs_tried[self.model][kind] = all(same)
+        """Yield chunks, each read alone; and find out whether they are the same as a group."""
+        group = [index for (index,) in singles]
+        with closing(on_cores(lambda batch: self._encode_batch(batch, chunks), [group, *singles])) as coming:
+            together = next(coming)
+            alone = [result for (result,) in coming]
+        yield from alone
+        _groups_tried[self.model][kind] = all(
+            torch.equal(one.keys, shared.keys) and torch.equal(one.values, shared.values)
+            for (_, one), (_, shared) in zip(alone, together, strict=True)
+        )
 
     def _encode_batch(self, batch: list[int], chunks: Sequence[tuple[int, ...]]) -> list[tuple[int, KV]]:
         """Run one batch of chunks, the longest first. Padding stands behind each row, where attention never looks."""
@@ -167,7 +169,7 @@ class Encoder:
         rows = torch.zeros(max(self._num_rows, len(batch)), self._width(chunks[batch[0]]), dtype=torch.long)
         for row, index in enumerate(batch):
             rows[row, : lengths[row]] = torch.tensor(chunks[index])
-        own = lengths if len(batch) > self._num_rows else None  # a pair: as each is computed alone
+        own = lengths if len(batch) > self._num_rows else None  # a group: as each is computed alone
         keys, values = self.model.encode(rows.to(self.model.device), self._prefix, own)
         start = len(self.prefix_ids)
         back = self.model.rope.back(torch.arange(start, start + rows.shape[1], device=keys.device))
@@ -182,15 +184,22 @@ class Encoder:
 
 
 def _kind(length: int) -> LengthKind:
-    """Lengths of one kind are multiplied by the same kernels, as far as we know, alone as well as in pairs."""
-    return -(-length // BUCKET_TOKENS), length <= MAX_ROWS, 2 * length <= MAX_ROWS
+    """Lengths of one kind are multiplied by the same kernels, as far as we know, alone as well as in groups."""
+    size = _group_size((-(-length // BUCKET_TOKENS),))
+    return -(-length // BUCKET_TOKENS), length <= MAX_ROWS, size * length <= MAX_ROWS
 
 
-def _paired(singles: Sequence[list[int]], chunks: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-    """Single chunks, the longest first, in pairs of about one length."""
+def _group_size(kind: Sequence[int]) -> int:
+    """How many chunks of a kind share products."""
+    return max(1, min(SHARED_CHUNKS, SHARED_TOKENS // (kind[0] * BUCKET_TOKENS)))
+
+
+def _grouped(singles: Sequence[list[int]], chunks: Sequence[tuple[int, ...]], size: int) -> Iterator[list[int]]:
+    """Single chunks, the longest first, in groups of `size` of about one length; what makes no whole group stays alone:
+    how many rows a product has may change its bits, and one size was tried."""
     left = [index for (index,) in singles]
     while left:
-        pair = [left.pop(0)]
-        if left and len(chunks[left[0]]) >= (1 - MAX_PADDING) * len(chunks[pair[0]]):
-            pair.append(left.pop(0))
-        yield pair
+        shortest = len(chunks[left[size - 1]]) if len(left) >= size else 0
+        taken = size if shortest >= (1 - MAX_PADDING) * len(chunks[left[0]]) else 1
+        yield left[:taken]
+        left = left[taken:]

@@ -81,14 +81,14 @@ SABOTAGES = [
         ("test_identity.py", "only_its_own"),
     ),
     Sabotage(
-        "believe that pairs are exact", "encoding.py",
-        "_pairs_tried[self.model][kind] = all(same)", "_pairs_tried[self.model][kind] = True",
-        ("test_pairs.py", "differ_from_each_alone"),
+        "believe that groups are exact", "encoding.py",
+        "_groups_tried[self.model][kind] = all(", "_groups_tried[self.model][kind] = True or all(",
+        ("test_groups.py", "differ_from_each_alone"),
     ),
     Sabotage(
-        "let a pair's chunk see too far", "attention.py",
+        "let a group's chunk see too far", "attention.py",
         "row_mask = attention_mask[..., : q.shape[2], : k.shape[2]]", "row_mask = None",
-        ("test_pairs.py", "holds_what_each"),
+        ("test_groups.py", "holds_what_each"),
     ),
     Sabotage(
         "teach by the base what a checkpoint knows better", "training/learner.py",
