@@ -49,23 +49,22 @@ def grouped_sdpa(
     then sees all of its own; where there are more, fewer keys than the mask's are a row that ends before its padding.
     """
     if isinstance(key, tuple):
-        outputs = []
-        for q, k, v in zip(torch.split(query, 1), key, value, strict=True):
-            row_mask, num_padding = None, 0
-            if attention_mask is not None and q.shape[2] > 1:
-                num_padding = attention_mask.shape[-1] - k.shape[2]
-                q = q[:, :, : q.shape[2] - num_padding]
-                row_mask = attention_mask[..., : q.shape[2], : k.shape[2]]
-            output, _ = grouped_sdpa(module, q, k, v, row_mask, dropout, scaling, False, **kwargs)
-            outputs.append(pad(output, (0, 0, 0, 0, 0, num_padding)) if num_padding else output)
-        return torch.cat(outputs), None
+        output = query.new_zeros(len(query), query.shape[2], query.shape[1], value[0].shape[-1])
+        for row, (k, v) in enumerate(zip(key, value, strict=True)):
+            row_mask, num_own = None, query.shape[2]
+            if attention_mask is not None and num_own > 1:
+                row_mask, num_own = attention_mask, num_own - (attention_mask.shape[-1] - k.shape[2])
+            own = query[row : row + 1, :, :num_own]
+            output[row, :num_own] = grouped_sdpa(module, own, k, v, row_mask, dropout, scaling, False, **kwargs)[0][0]
+        return output, None
     batch, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // key.shape[1]
     causal_without_mask = attention_mask is None and num_queries > 1
     tempering = _now.tempering
     if causal_without_mask or module.training or (groups == 1 and tempering is None):
+        mask = None if attention_mask is None else attention_mask[..., :num_queries, : key.shape[2]]
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return output, None
     folded = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
@@ -73,7 +72,9 @@ def grouped_sdpa(
     num_empty = _num_empty(num_folded, key.shape[2], key.device) if tempering is None else 0
     if num_empty:
         folded = pad(folded, (0, 0, 0, num_empty))
-    mask = None if attention_mask is None else _folded_mask(attention_mask, groups, key.shape[2], num_empty)
+    mask = None
+    if attention_mask is not None:
+        mask = _folded_mask(attention_mask, groups, num_queries, key.shape[2], num_empty)
     if tempering is None:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
@@ -141,22 +142,24 @@ def tempered(tempering: Tempering | None) -> Iterator[None]:
 
 
 class _LastMask(threading.local):
-    """The mask folded last: all layers of a forward share one."""
+    """The mask folded last, for so many queries and keys each: all layers of a forward share it."""
 
     source: weakref.ReferenceType[Tensor] | None = None
-    folded: Tensor | None = None
+    folded: dict[tuple[int, int, int, int], Tensor]
 
 
 _last = _LastMask()
 
 
-def _folded_mask(mask: Tensor, groups: int, num_keys: int, num_empty: int) -> Tensor:
+def _folded_mask(mask: Tensor, groups: int, num_queries: int, num_keys: int, num_empty: int) -> Tensor:
     """The mask for folded queries, [batch, 1, groups * queries + num_empty, keys]; empty rows mean nothing."""
-    if _last.source is None or _last.source() is not mask or _last.folded is None:
-        _last.source = weakref.ref(mask)
-        folded = mask[..., :num_keys].repeat(1, 1, groups, 1)
-        _last.folded = pad(folded, (0, 0, 0, num_empty)) if num_empty else folded
-    return _last.folded
+    if _last.source is None or _last.source() is not mask:
+        _last.source, _last.folded = weakref.ref(mask), {}
+    shape = (groups, num_queries, num_keys, num_empty)
+    if shape not in _last.folded:
+        folded = mask[..., :num_queries, :num_keys].repeat(1, 1, groups, 1)
+        _last.folded[shape] = pad(folded, (0, 0, 0, num_empty)) if num_empty else folded
+    return _last.folded[shape]
 
 
 def register() -> None:

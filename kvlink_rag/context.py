@@ -92,10 +92,11 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class ChunkLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer of chunks that are read alone: keeps their KV, and shows each of them `prefix` before it.
+    """One layer of chunks that are read alone: keeps their KV, and shows each of them what stands before it.
 
-    prefix: keys and values [1, kv_heads, tokens, head_dim]. lengths: each row's tokens, where attention is to see
-    none of the padding behind them. ends: the forward ends here, as soon as the KV is there.
+    room: where keys and values go, [rows, kv_heads, before + tokens, head_dim], behind a prefix that is there already;
+    None: they are kept as they come. lengths: each row's tokens, where attention is to see none of the padding behind
+    them. ends: the forward ends here, as soon as the KV is there.
     """
 
     class Ended(Exception):
@@ -103,33 +104,36 @@ class ChunkLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(
         self,
-        prefix: tuple[Tensor, Tensor] | None = None,
+        room: tuple[Tensor, Tensor] | None = None,
+        num_before: int = 0,
         *,
         lengths: Sequence[int] | None = None,
         ends: bool = False,
     ):
         super().__init__()
-        self._prefix, self._lengths, self._ends = prefix, lengths, ends
+        self._room, self._num_before, self._lengths, self._ends = room, num_before, lengths, ends
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self.keys, self.values = key_states, value_states
+        if self._room is None:
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys, self.values = self._room
+            self.keys[:, :, self._num_before :] = key_states
+            self.values[:, :, self._num_before :] = value_states
         if self._ends:
             raise self.Ended
-        if self._prefix is None:
-            return key_states, value_states
-        if self._lengths is not None:
-            return tuple(self._rows(key_states, 0)), tuple(self._rows(value_states, 1))
-        keys, values = (before.expand(len(key_states), -1, -1, -1) for before in self._prefix)
-        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+        if self._lengths is None:
+            return self.keys, self.values
+        return tuple(self._rows(self.keys)), tuple(self._rows(self.values))
 
-    def _rows(self, states: Tensor, which: int) -> Iterator[Tensor]:
-        """Each row behind the prefix, without padding."""
-        assert self._prefix is not None and self._lengths is not None
+    def _rows(self, states: Tensor) -> Iterator[Tensor]:
+        """Each row behind what stands before it, without padding."""
+        assert self._lengths is not None
         for row, length in zip(torch.split(states, 1), self._lengths, strict=True):
-            yield torch.cat([self._prefix[which], row[:, :, :length]], 2)
+            yield row[:, :, : self._num_before + length]
 
     def get_seq_length(self) -> int:
-        return 0 if self._prefix is None else self._prefix[0].shape[2]
+        return self._num_before
 
 
 class ContextBuffers:

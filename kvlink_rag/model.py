@@ -203,14 +203,22 @@ class LanguageModel:
         sees before it. lengths: of each row behind a prefix, if attention is to leave out the padding behind them.
         Keys are as the model wrote them, at positions from 0, or from the prefix's end, on.
         """
-        before = [None] * self.num_layers if prefix is None else list(zip(*prefix, strict=True))
-        last = self.num_layers - 1
-        layers = [ChunkLayer(kv, lengths=lengths, ends=place == last) for place, kv in enumerate(before)]
-        start = layers[0].get_seq_length()
+        shape, start = self.kv_shape, 0 if prefix is None else prefix[0].shape[3]
+        rows = (shape.num_layers, len(ids), shape.num_kv_heads, start + ids.shape[1])
+        room = [
+            torch.empty(*rows, dim, dtype=shape.dtype, device=shape.device) for dim in (shape.head_dim, shape.value_dim)
+        ]
+        for part, before in zip(room, prefix or (), strict=False):
+            part[:, :, :, :start] = before
+        layers = [
+            ChunkLayer(kv, start, lengths=lengths, ends=place == shape.num_layers - 1)
+            for place, kv in enumerate(zip(*room, strict=True))
+        ]
         places = torch.arange(start, start + ids.shape[1], device=self.device)
         mask = None if prefix is None else self.position_mask(places, start + ids.shape[1])
         self._run_to_end(ids, places, mask, Cache(layers=layers))
-        return torch.stack([layer.keys for layer in layers]), torch.stack([layer.values for layer in layers])
+        keys, values = (part[:, :, :, start:] for part in room)
+        return keys, values
 
     def _run_to_end(self, ids: Tensor, places: Tensor, mask: Any, cache: Cache) -> None:
         """Run rows of ids [batch, tokens] at places [tokens] up to the layer of `cache` that ends the forward."""

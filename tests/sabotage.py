@@ -87,7 +87,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "let a group's chunk see too far", "attention.py",
-        "row_mask = attention_mask[..., : q.shape[2], : k.shape[2]]", "row_mask = None",
+        "row_mask, num_own = attention_mask, num_own", "row_mask, num_own = None, num_own",
         ("test_groups.py", "holds_what_each"),
     ),
     Sabotage(
