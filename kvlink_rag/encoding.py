@@ -36,7 +36,7 @@ NUM_ROWS = 4
 BUCKET_TOKENS = 32
 ONE_CORE_TOKENS = 512  # a CPU reads chunks up to this length side by side
 MANY_CHUNKS = 24  # of one kind of length: from so many on it is worth trying whether they may share products
-SHARED_TOKENS, SHARED_CHUNKS = 640, 4  # how many at most share products
+SHARED_TOKENS, SHARED_CHUNKS = 768, 4  # how many at most share products: four as `ChunkSettings` cuts them
 MAX_PADDING = 0.2  # of a group's longest chunk, behind a shorter one
 # a model -> kind of length -> whether a group of such chunks was found the same, to the last bit, as each alone
 _groups_tried: weakref.WeakKeyDictionary[LanguageModel, dict[LengthKind, bool]] = weakref.WeakKeyDictionary()
