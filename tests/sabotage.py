@@ -247,9 +247,19 @@ SABOTAGES = [
     ),
     Sabotage(
         "map entry files", "store/kvdisk.py",
-        "        view = np.empty(size, dtype=np.uint8).data", "        return memoryview(__import__('mmap').mmap("
-        "file.fileno(), size, prot=1))\n        view = np.empty(size, dtype=np.uint8).data",
+        "        view = read_buffers.take(size)", "        return memoryview(__import__('mmap').mmap("
+        "file.fileno(), size, prot=1))\n        view = read_buffers.take(size)",
         ("test_store_concurrency.py", "files_cut"),
+    ),
+    Sabotage(
+        "lend memory that is still used", "store/buffers.py",
+        "        weakref.finalize(lent, self._kept.append, block).atexit = False", "        self._kept.append(block)",
+        ("test_buffers.py", "lent_again"),
+    ),
+    Sabotage(
+        "read over what a KV still shows", "store/buffers.py",
+        "        weakref.finalize(lent, self._kept.append, block).atexit = False", "        self._kept.append(block)",
+        ("test_buffers.py", "read_after_it"),
     ),
     Sabotage(
         "overwrite entries in place", "store/kvdisk.py",

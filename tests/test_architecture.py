@@ -23,6 +23,7 @@ LAYERS = [
         "cores",
         "kv",
         "rope",
+        "store.buffers",
         "store.lock",
         "tokens",
         "recipe",

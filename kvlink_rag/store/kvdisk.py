@@ -16,10 +16,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from diskcache import UNKNOWN, Disk
 
 from kvlink_rag.errors import CorruptEntry
+from kvlink_rag.store.buffers import read_buffers
 
 MODE_BINARY = 2  # diskcache's number for "bytes in a file"
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -123,7 +123,7 @@ def read_entry_file(path: Path) -> memoryview:
     """
     with open_entry_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        view = np.empty(size, dtype=np.uint8).data  # unlike a bytearray, not zeroed first
+        view = read_buffers.take(size)
         filled = 0
         while filled < len(view) and (count := file.readinto(view[filled:])):
             filled += count
