@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvlink_rag import collector
+from kvlink_rag import collector, products
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, cache_folder, default_embedder_folder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.recipe import folder_digest
@@ -35,12 +35,14 @@ class Embedder:
             from sentence_transformers import SentenceTransformer
 
         try:
-            return SentenceTransformer(str(self._folder or self.name), local_files_only=self._folder is not None)
+            model = SentenceTransformer(str(self._folder or self.name), local_files_only=self._folder is not None)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise BadInput(
                 f"no embedding model {self.name!r}: neither a folder nor to be had from the hub ({reason})"
             ) from error
+        products.prepare(model, reads_questions=True)  # which are few rows
+        return model
 
     @functools.cached_property
     def digest(self) -> str:
