@@ -16,18 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvlink_rag.products import HAS_AVX512
-
 GROUPED_SDPA = "kvlink_grouped_sdpa"
 UNSEEN = -1e30  # a score that no softmax lets through
-WIDE_BLOCKS = 192  # from so many queries on torch's attention on a CPU takes them by 64, below by 32
-# queries, and keys, from which on 64 at a time are so much quicker that the rest of WIDE_BLOCKS may stand empty
-FILLED_QUERIES, FILLED_KEYS = (128, 512) if HAS_AVX512 else (144, 4096)
 
 
 def grouped_sdpa(
@@ -68,25 +63,15 @@ def grouped_sdpa(
         )
         return output, None
     folded = query.reshape(batch, key.shape[1], groups * num_queries, head_dim)
-    num_folded = folded.shape[2]
-    num_empty = _num_empty(num_folded, key.shape[2], key.device) if tempering is None else 0
-    if num_empty:
-        folded = pad(folded, (0, 0, 0, num_empty))
     mask = None
     if attention_mask is not None:
-        mask = _folded_mask(attention_mask, groups, num_queries, key.shape[2], num_empty)
+        mask = _folded_mask(attention_mask, groups, num_queries, key.shape[2])
     if tempering is None:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
         output = tempering.attend(folded, key, value, mask, head_dim**-0.5 if scaling is None else scaling)
-    output = output[:, :, :num_folded].reshape(batch, num_heads, num_queries, value.shape[-1])
+    output = output.reshape(batch, num_heads, num_queries, value.shape[-1])
     return output.transpose(1, 2).contiguous(), None
-
-
-def _num_empty(num_queries: int, num_keys: int, device: torch.device) -> int:
-    """How many empty queries to add, so that torch takes them by 64 where that is quicker."""
-    is_worth = device.type == "cpu" and num_keys >= FILLED_KEYS and FILLED_QUERIES <= num_queries < WIDE_BLOCKS
-    return WIDE_BLOCKS - num_queries if is_worth else 0
 
 
 @dataclass(frozen=True)
@@ -145,20 +130,19 @@ class _LastMask(threading.local):
     """The mask folded last, for so many queries and keys each: all layers of a forward share it."""
 
     source: weakref.ReferenceType[Tensor] | None = None
-    folded: dict[tuple[int, int, int, int], Tensor]
+    folded: dict[tuple[int, int, int], Tensor]
 
 
 _last = _LastMask()
 
 
-def _folded_mask(mask: Tensor, groups: int, num_queries: int, num_keys: int, num_empty: int) -> Tensor:
-    """The mask for folded queries, [batch, 1, groups * queries + num_empty, keys]; empty rows mean nothing."""
+def _folded_mask(mask: Tensor, groups: int, num_queries: int, num_keys: int) -> Tensor:
+    """The mask for folded queries, [batch, 1, groups * queries, keys]."""
     if _last.source is None or _last.source() is not mask:
         _last.source, _last.folded = weakref.ref(mask), {}
-    shape = (groups, num_queries, num_keys, num_empty)
+    shape = (groups, num_queries, num_keys)
     if shape not in _last.folded:
-        folded = mask[..., :num_queries, :num_keys].repeat(1, 1, groups, 1)
-        _last.folded[shape] = pad(folded, (0, 0, 0, num_empty)) if num_empty else folded
+        _last.folded[shape] = mask[..., :num_queries, :num_keys].repeat(1, 1, groups, 1)
     return _last.folded[shape]
 
 

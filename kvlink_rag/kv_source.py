@@ -78,7 +78,7 @@ class KVSource:
 class Loading:
     """The chunks of one context on their way; iterate to get their KVs in order, a few in memory at a time.
 
-    While one is placed the next are read and verified on a thread of their own.
+    While one is placed the next are read and verified on a thread of their own; the first at once.
     """
 
     def __init__(self, source: KVSource, chunk_ids: Sequence[tuple[int, ...]], reuse: bool):
@@ -88,19 +88,24 @@ class Loading:
         self._encoded = source.encode(missing, keep=reuse)
         self.seconds = time.perf_counter() - started  # that an answer waited
         self.read_s: dict[tuple[int, ...], float] = {}
+        self._coming = iter(chunk_ids)
+        self._jobs: deque[Job | None] = deque()
+        self._read_ahead()
 
     def __iter__(self) -> Iterator[StoredKV]:
-        jobs: deque[Job | None] = deque()
-        coming = iter(self._chunk_ids)
         for ids in self._chunk_ids:
             started = time.perf_counter()
-            jobs.extend(self._begin(following) for following in islice(coming, MAX_AHEAD - len(jobs)))
-            job = jobs.popleft()
+            self._read_ahead()
+            job = self._jobs.popleft()
             kv = self._encoded.get(ids) or (job.result() if job else None)
             if kv is None:  # it was there, but failed verification
                 kv = self._encoded[ids] = self._source.encode([ids])[ids]
             self.seconds += time.perf_counter() - started
             yield kv
+
+    def _read_ahead(self) -> None:
+        """Begin to read until as many chunks wait as may."""
+        self._jobs.extend(self._begin(ids) for ids in islice(self._coming, MAX_AHEAD - len(self._jobs)))
 
     def _begin(self, ids: tuple[int, ...]) -> Job | None:
         """Have a stored chunk read."""

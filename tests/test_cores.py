@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future, wait
 from contextlib import closing
@@ -12,7 +15,7 @@ import torch
 from tiny_models import VOCAB_SIZE, build
 
 from kvlink_rag.compute import compute
-from kvlink_rag.cores import on_cores
+from kvlink_rag.cores import _mkl_threads, on_cores
 from kvlink_rag.encoding import ONE_CORE_TOKENS, Encoder
 
 
@@ -39,9 +42,9 @@ def threads_of_a_new_thread() -> int:
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_results_come_in_order_each_computed_on_one_core(number, cores):
     cores(number)
-    got = list(on_cores(lambda item: (item, torch.get_num_threads()), range(7)))
-    assert got == [(item, 1) for item in range(7)]
-    assert torch.get_num_threads() == number
+    got = list(on_cores(lambda item: (item, torch.get_num_threads(), _mkl_threads() or 1), range(7)))
+    assert got == [(item, 1, 1) for item in range(7)]
+    assert torch.get_num_threads() == (_mkl_threads() or number) == number
     assert threads_of_a_new_thread() == number
 
 
@@ -127,6 +130,44 @@ def test_who_leaves_early_gets_the_cores_back_and_nothing_more_is_begun(cores, m
     assert torch.get_num_threads() == 2
     assert threads_of_a_new_thread() == 2
     assert set(begun) <= {0, 1, 2}
+
+
+IN_A_NEW_PROCESS = """
+import torch
+from kvlink_rag.cores import _mkl_threads, on_cores, one_core
+
+def threads(item=None):
+    torch.ones(99, 99) @ torch.ones(99, 99)
+    return torch.get_num_threads(), _mkl_threads()
+
+def never(number):
+    raise AssertionError("MKL now looks for threads in every product")
+
+torch.set_num_threads = never
+print(threads())
+with one_core():
+    print(threads())
+for found in on_cores(threads, range(4), iter([False, True, True, False]).__next__):
+    print(found, threads())
+print(threads())
+"""
+WHAT_IT_PRINTS = """(2, 2)
+(1, 1)
+(1, 1) (1, 1)
+(1, 1) (2, 2)
+(1, 1) (2, 2)
+(1, 1) (1, 1)
+(2, 2)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL")
+def test_cores_are_shared_out_without_setting_torch_s_own_number_of_threads():
+    """In a process of its own: once it has been set, it holds for MKL."""
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.stdout, done.stderr) == (WHAT_IT_PRINTS, "")
 
 
 def test_two_are_under_way_at_once(cores):

@@ -36,9 +36,11 @@ def test_chunks_come_in_order_as_the_store_holds_them(source):
 def test_no_more_is_read_ahead_than_said(source):
     """However long the first chunk is being placed, memory holds it and the few that come next."""
     loading = source.load(CHUNKS)
+    reading.run(lambda job: None)  # everything that was begun has ended
+    assert len(loading.read_s) == MAX_AHEAD, "nothing is read before somebody asks"
     chunks = iter(loading)
     next(chunks)
-    reading.run(lambda job: None)  # everything that was begun has ended
+    reading.run(lambda job: None)
     assert len(loading.read_s) == MAX_AHEAD
     next(chunks)
     reading.run(lambda job: None)
