@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvlink_rag.compute import Emit
+from kvlink_rag.compute import Emit, Job
 from kvlink_rag.config import GenerationSettings
 from kvlink_rag.context import Context
 from kvlink_rag.errors import PromptTooLong
 from kvlink_rag.generation import Generation, generate
 from kvlink_rag.joining import LinkRequest
-from kvlink_rag.kv_source import KVSource
+from kvlink_rag.kv_source import MAX_AHEAD, KVSource
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
@@ -110,7 +110,14 @@ class AnswerMaker:
         retrieved = time.perf_counter()
         linking = get_linking(request.linking)
         num_links = self._links.num_per_chunk if linking.uses_links else 0
-        given_ids = [self._source.token_ids(hit.chunk.text) for hit in given]
+        given_ids: list[tuple[int, ...]] = []
+        begun: dict[tuple[int, ...], Job] = {}
+        for hit in given:
+            given_ids.append(ids := self._source.token_ids(hit.chunk.text))
+            # the first are read while the others' texts are taken apart
+            is_next = not request.in_place and len(begun) < MAX_AHEAD and ids not in begun
+            if is_next and linking.uses_stored_kv and request.reuse and self._source.is_stored(ids):
+                begun[ids] = self._source.begin(ids)
         num_kept = self._num_fitting(request, given_ids, num_links)
         prompt = request.prompt.with_chunks(given_ids[:num_kept])
         before = sum(part.is_chunk for part in request.prompt.parts[: request.prompt.place])
@@ -118,7 +125,7 @@ class AnswerMaker:
 
         loading, prefix_kv, has_prefix = None, None, False
         if linking.uses_stored_kv:
-            loading = self._source.load(prompt.chunk_ids, reuse=request.reuse)
+            loading = self._source.load(prompt.chunk_ids, reuse=request.reuse, begun=begun)
             prefix_kv, has_prefix = self._source.prefix(prompt.prefix_ids)
         context = linking.link(
             LinkRequest(self.model, prompt, prefix_kv, loading or (), self._links, request.settings.max_new_tokens)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
+from types import MappingProxyType
 
 from kvlink_rag.compute import ComputeThread, Job
 from kvlink_rag.encoding import Encoder
@@ -18,6 +19,7 @@ from kvlink_rag.store.kv_store import KVStore
 log = logging.getLogger(__name__)
 MAX_PREFIXES = 8  # system messages whose KV is kept in memory
 MAX_AHEAD = 2  # chunks in memory that wait to be placed
+NONE: Mapping[tuple[int, ...], Job] = MappingProxyType({})
 reading = ComputeThread("kvlink-reading")  # reads and verifies what is placed next; never computes with tensors
 
 
@@ -42,9 +44,23 @@ class KVSource:
         """The ids of a chunk's text."""
         return self._encoder.token_ids(text)
 
-    def load(self, chunk_ids: Sequence[tuple[int, ...]], *, reuse: bool = True) -> Loading:
-        """Begin to load chunks; those the store lacks are encoded at once, in batches. Without reuse, all are."""
-        return Loading(self, chunk_ids, reuse)
+    def load(
+        self, chunk_ids: Sequence[tuple[int, ...]], *, reuse: bool = True, begun: Mapping[tuple[int, ...], Job] = NONE
+    ) -> Loading:
+        """Begin to load chunks; those the store lacks are encoded at once, in batches. Without reuse, all are.
+
+        begun: chunks that are being read already.
+        """
+        return Loading(self, chunk_ids, reuse, begun)
+
+    def begin(self, ids: tuple[int, ...]) -> Job:
+        """Begin to read a chunk that the store has: its verified KV, or None, and how many seconds it took."""
+
+        def read(job: Job) -> tuple[StoredKV | None, float]:
+            started = time.perf_counter()
+            return self.stored(ids), time.perf_counter() - started
+
+        return reading.submit(read)
 
     def encode(self, chunk_ids: Sequence[tuple[int, ...]], *, keep: bool = True) -> dict[tuple[int, ...], StoredKV]:
         """Compute and store chunks. They are used exactly as they would read back, whatever precision is stored."""
@@ -81,14 +97,20 @@ class Loading:
     While one is placed the next are read and verified on a thread of their own; the first at once.
     """
 
-    def __init__(self, source: KVSource, chunk_ids: Sequence[tuple[int, ...]], reuse: bool):
+    def __init__(
+        self,
+        source: KVSource,
+        chunk_ids: Sequence[tuple[int, ...]],
+        reuse: bool,
+        begun: Mapping[tuple[int, ...], Job],
+    ):
         started = time.perf_counter()
         self._source, self._chunk_ids = source, chunk_ids
         missing = [ids for ids in chunk_ids if not (reuse and source.is_stored(ids))]
         self._encoded = source.encode(missing, keep=reuse)
         self.seconds = time.perf_counter() - started  # that an answer waited
         self.read_s: dict[tuple[int, ...], float] = {}
-        self._coming = iter(chunk_ids)
+        self._coming, self._begun = iter(chunk_ids), dict(begun)
         self._jobs: deque[Job | None] = deque()
         self._read_ahead()
 
@@ -96,8 +118,9 @@ class Loading:
         for ids in self._chunk_ids:
             started = time.perf_counter()
             self._read_ahead()
-            job = self._jobs.popleft()
-            kv = self._encoded.get(ids) or (job.result() if job else None)
+            job, kv = self._jobs.popleft(), self._encoded.get(ids)
+            if kv is None and job is not None:
+                kv, self.read_s[ids] = job.result()
             if kv is None:  # it was there, but failed verification
                 kv = self._encoded[ids] = self._source.encode([ids])[ids]
             self.seconds += time.perf_counter() - started
@@ -105,20 +128,9 @@ class Loading:
 
     def _read_ahead(self) -> None:
         """Begin to read until as many chunks wait as may."""
-        self._jobs.extend(self._begin(ids) for ids in islice(self._coming, MAX_AHEAD - len(self._jobs)))
-
-    def _begin(self, ids: tuple[int, ...]) -> Job | None:
-        """Have a stored chunk read."""
-        if ids in self._encoded:
-            return None
-
-        def read(job: Job) -> StoredKV | None:
-            started = time.perf_counter()
-            kv = self._source.stored(ids)
-            self.read_s[ids] = time.perf_counter() - started
-            return kv
-
-        return reading.submit(read)
+        for ids in islice(self._coming, MAX_AHEAD - len(self._jobs)):
+            is_read = ids not in self._encoded
+            self._jobs.append(self._begun.pop(ids, None) or self._source.begin(ids) if is_read else None)
 
     def is_reused(self, ids: tuple[int, ...]) -> bool:
         """Whether the chunk's KV came from the store."""

@@ -33,18 +33,45 @@ def test_chunks_come_in_order_as_the_store_holds_them(source):
     assert all(loading.is_reused(ids) for ids in order) and loading.read_s.keys() == set(order)
 
 
-def test_no_more_is_read_ahead_than_said(source):
+@pytest.fixture
+def read(source, monkeypatch):
+    """The chunks that have been read, once everything that was begun has ended."""
+    stored, chunks = source.stored, []
+    monkeypatch.setattr(source, "stored", lambda ids: (chunks.append(ids), stored(ids))[1])
+
+    def ended():
+        reading.run(lambda job: None)
+        return chunks
+
+    return ended
+
+
+def test_no_more_is_read_ahead_than_said(source, read):
     """However long the first chunk is being placed, memory holds it and the few that come next."""
-    loading = source.load(CHUNKS)
-    reading.run(lambda job: None)  # everything that was begun has ended
-    assert len(loading.read_s) == MAX_AHEAD, "nothing is read before somebody asks"
-    chunks = iter(loading)
+    chunks = iter(source.load(CHUNKS))
+    assert read() == CHUNKS[:MAX_AHEAD], "as soon as it is known what is wanted"
     next(chunks)
-    reading.run(lambda job: None)
-    assert len(loading.read_s) == MAX_AHEAD
+    assert read() == CHUNKS[:MAX_AHEAD]
     next(chunks)
-    reading.run(lambda job: None)
-    assert len(loading.read_s) == MAX_AHEAD + 1
+    assert read() == CHUNKS[: MAX_AHEAD + 1]
+
+
+def test_what_is_being_read_already_is_not_read_again(source, read):
+    begun = {ids: source.begin(ids) for ids in (CHUNKS[2], CHUNKS[0])}
+    loading = source.load([*CHUNKS[:4], CHUNKS[2]], begun=begun)
+    assert [kv.token_ids for kv in loading] == [*CHUNKS[:4], CHUNKS[2]]
+    assert read() == [CHUNKS[2], CHUNKS[0], CHUNKS[1], CHUNKS[3], CHUNKS[2]]
+    assert loading.read_s.keys() == set(CHUNKS[:4])
+
+
+def test_a_chunk_that_fails_verification_while_it_is_begun_is_encoded(source, disk):
+    (path,) = [path for path in entry_files(disk.folder) if path.name.startswith(source._kvs.key(CHUNKS[0]))]
+    right = source.stored(CHUNKS[0])
+    path.write_bytes(path.read_bytes()[:-1])
+    loading = source.load(CHUNKS[:2], begun={CHUNKS[0]: source.begin(CHUNKS[0])})
+    first, _ = loading
+    assert torch.equal(first.keys, right.keys) and torch.equal(first.values, right.values)
+    assert not loading.is_reused(CHUNKS[0])
 
 
 def test_a_chunk_that_fails_verification_is_encoded_and_the_rest_is_not(source, disk):

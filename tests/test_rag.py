@@ -11,6 +11,7 @@ from tiny_models import build, build_hf, byte_tokenizer
 
 from kvlink_rag import ChunkSettings, Document, LanguageModel, StoreSettings
 from kvlink_rag.errors import StoreFull
+from kvlink_rag.kv_source import KVSource, reading
 
 DOCUMENTS = [
     Document("The lighthouse was lit in 1874. Its horn is called Old Bertha.", id="lighthouse"),
@@ -200,6 +201,26 @@ def test_documents_given_with_the_question_reuse_what_the_store_holds(rag):
     assert [source.hit.chunk.document_id for source in answer.sources] == ["bakery", "given", "given"]
     again = rag.ask(QUESTION, documents=[*rag.search(QUESTION, 2), "A new text."], max_new_tokens=2)
     assert all(source.reused for source in again.sources)
+
+
+@pytest.mark.parametrize("linking", ["plain", "full"])
+def test_the_first_chunks_are_read_while_the_others_texts_are_taken_apart(rag, linking, monkeypatch):
+    rag.add(DOCUMENTS)
+    stored, token_ids = KVSource.stored, KVSource.token_ids
+    read, taken_apart, read_by_then = [], [], []
+    monkeypatch.setattr(KVSource, "stored", lambda source, ids: (read.append(ids), stored(source, ids))[1])
+
+    def noted(source, text):
+        reading.run(lambda job: None)  # everything that was begun has ended
+        read_by_then.append(list(read))
+        taken_apart.append(token_ids(source, text))
+        return taken_apart[-1]
+
+    monkeypatch.setattr(KVSource, "token_ids", noted)
+    answer = rag.ask(QUESTION, max_new_tokens=2, linking=linking)
+    first, second, _ = taken_apart
+    assert read_by_then == ([[], [first], [first, second]] if linking == "plain" else [[], [], []])
+    assert read == (taken_apart if linking == "plain" else []) and len(answer.sources) == 3
 
 
 def test_no_documents_is_a_plain_conversation(rag):
