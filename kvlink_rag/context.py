@@ -174,7 +174,8 @@ class Context:
     def __init__(self, rope: Rope, buffers: ContextBuffers, num_tokens: int, room: int):
         self._buffers = buffers
         self._memory, self._keys, self._values = buffers.take(num_tokens + room)
-        self._table = rope.forth(torch.arange(num_tokens, device=self._keys.device))
+        with one_core():  # another reads what is placed first
+            self._table = rope.forth(torch.arange(num_tokens, device=self._keys.device))
         self.num_tokens = num_tokens
         self.num_placed = 0
         self.num_taken_back = 0

@@ -9,7 +9,7 @@ from store_parts import entry_files
 from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.kv_source import MAX_AHEAD, KVSource, reading
-from kvlink_rag.rope import RopeTable
+from kvlink_rag.rope import Rope, RopeTable
 from kvlink_rag.store.kv_store import KVStore
 
 CHUNKS = [tuple(range(start, start + 9)) for start in range(3, 11)]
@@ -86,22 +86,27 @@ def test_a_chunk_that_fails_verification_is_encoded_and_the_rest_is_not(source, 
     assert [loading.is_reused(ids) for ids in CHUNKS] == [True, True, False, *[True] * 5]
 
 
-def test_torch_has_its_threads_back_after_each_chunk(tiny, source, monkeypatch):
+def test_placing_keeps_to_one_core_and_torch_has_its_threads_back(tiny, source, monkeypatch):
     number, seen = torch.get_num_threads(), []
     torch.set_num_threads(2)
     try:
-        context = Context(tiny.rope, tiny.buffers, 9, 1)
-        apply = RopeTable.apply
+        apply, forth = RopeTable.apply, Rope.forth
 
         def watched(*given, **named):
             seen.append(torch.get_num_threads())
             apply(*given, **named)
 
+        def watched_table(*given):
+            seen.append(torch.get_num_threads())
+            return forth(*given)
+
         monkeypatch.setattr(RopeTable, "apply", watched)
+        monkeypatch.setattr(Rope, "forth", watched_table)
+        context = Context(tiny.rope, tiny.buffers, 9, 1)
         context.place(source.stored(CHUNKS[0]), 0)
         with pytest.raises(RuntimeError):
             context.place(source.stored(CHUNKS[0]), 5)  # beyond the context's end
-        assert seen == [1, 1] and torch.get_num_threads() == 2
+        assert seen == [1, 1, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(number)
 
