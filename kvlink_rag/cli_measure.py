@@ -166,6 +166,7 @@ def evaluate(
     for source in data:
         name = Path(source).name + (f" {order}" if order != "original" else "")
         name += f" {documents} documents" if num_documents else ""
+        name += f" seed {seed}" if seed and order == "shuffled" else ""
         if name in files:
             raise BadInput("two data files have the same name; rename one")
         examples = read_data(source, limit)

@@ -11,6 +11,7 @@ from tiny_models import build, build_hf, byte_tokenizer
 from kvlink_rag import Document, KVLinkEngine, LanguageModel, linking
 from kvlink_rag.config import DEFAULT_SYSTEM
 from kvlink_rag.encoding import Encoder
+from kvlink_rag.errors import BadInput
 from kvlink_rag.evaluation.agreement import agreement
 from kvlink_rag.evaluation.answers import AnswerRun, Arm, summary
 from kvlink_rag.evaluation.forced import Forcing
@@ -173,6 +174,29 @@ def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
     assert all("top1" in row for row in [*rows[1:], *more])  # held against a full prefill that was there already
     rows += more
     assert run(EXAMPLES, ["plain", "full"]) == rows
+
+
+def test_a_run_does_not_go_on_from_answers_that_were_made_otherwise(tiny, with_reader, tmp_path):
+    """Of another dtype, checkpoint or length under the same name; those to other data may lie beside them."""
+
+    def run(model, name="data", max_new_tokens=2):
+        found = AnswerRun([arm_of(model)], tmp_path, max_new_tokens=max_new_tokens)
+        found.run({name: EXAMPLES}, ["plain"], lambda stage, done, total: None)
+        return found.rows
+
+    rows = run(tiny)
+    halved = LanguageModel(build("llama").hf.to(torch.bfloat16), byte_tokenizer())
+    trained = LanguageModel(with_reader.hf, byte_tokenizer(), reader=with_reader.reader, reader_adapter="its digest")
+    others = [
+        (lambda: run(halved), "now they would be by: bfloat16"),
+        (lambda: run(trained), "made by: float32, weights"),
+        (lambda: run(tiny, max_new_tokens=3), "at most 2 tokens; .* at most 3 tokens"),
+    ]
+    for other, said in others:
+        with pytest.raises(BadInput, match=said):
+            other()
+    assert run(tiny) == rows
+    assert len(run(tiny, "more", max_new_tokens=3)) == 2 * len(rows)
 
 
 def test_of_two_runs_into_one_folder_the_last_to_end_knows_all_rows(tiny, tmp_path):

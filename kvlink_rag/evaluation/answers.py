@@ -6,6 +6,7 @@ accepted answer: its NLL, the mean over the answer's tokens in nats, tells arms 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from kvlink_rag.config import GenerationSettings
 from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
+from kvlink_rag.errors import BadInput
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
 from kvlink_rag.evaluation.scores import interval, interval_of_means, score, score_summary
 from kvlink_rag.generation import predict
@@ -53,12 +55,18 @@ class Arm:
         self.forcing, self.num_links = Forcing(self.encoder, links), links.num_per_chunk
         self.label = label if precision == "model" else f"{label}, {precision}"
         self.reads_as = replace(self.encoder.recipe, storage_dtype="any").fingerprint  # the same for all precisions
+        trained = hashlib.sha256(f"{model.adapter}|{model.reader_adapter}|".encode())
+        trained.update(links.embeddings.detach().cpu().float().contiguous().numpy().tobytes())
+        dtype = str(model.dtype).removeprefix("torch.")
+        weights = (model.origin or model.weights)[:8]
+        self.made_by = f"{dtype}, weights {weights}, checkpoint {trained.hexdigest()[:8]}"
 
 
 class AnswerRun:
     """Answers examples with one or several models under several linkings, kept in `results.jsonl` of a folder.
 
-    A run that was cut off goes on where it stopped; other runs may write to the same folder. Documents are read once,
+    A run that was cut off goes on where it stopped; other runs may write to the same folder. Each row says by what it
+    was made, so that no table mixes answers of two kinds under one name. Documents are read once,
     alone and in full, for all arms that read them by the same recipe: checkpoints with links or readers over one base.
     A few examples at a time are answered together, each as it would be alone (see `rows`): their contexts are in memory
     together, and what a run that is cut off has of them is lost.
@@ -78,7 +86,12 @@ class AnswerRun:
         linkings: Sequence[str],
         progress: Callable[[str, int, int], None],
     ) -> None:
-        """Answer all examples: the first of every file, then the second, so that a part of a run says something."""
+        """Answer all examples: the first of every file, then the second, so that a part of a run says something.
+
+        Raises BadInput where the folder holds rows of the same name that were made in another way.
+        """
+        for arm in self._arms:
+            self._refuse_others(arm, data)
         done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
         order = sorted((number, name) for name, examples in data.items() for number in range(len(examples)))
         at_once = max(arm.decoder.width for arm in self._arms)
@@ -93,11 +106,25 @@ class AnswerRun:
                     if missing:
                         read = reads.setdefault((name, number, arm.reads_as), _Read())
                         against_full = "full" in wanted
-                        asked.append(_Asked(arm, name, number, data[name][number], missing, against_full, read))
+                        made = self._made(arm)
+                        asked.append(_Asked(arm, name, number, data[name][number], missing, against_full, read, made))
                 self._answer(arm, asked)
                 self._keep([row for one in asked for row in one.rows])
             progress("examples", start + len(some), len(order))
         self.rows = read_rows(self._path)  # with those of runs beside this one
+
+    def _refuse_others(self, arm: Arm, data: Mapping[str, Sequence[Example]]) -> None:
+        """A table must not mix answers in bfloat16 with answers in float32, or those of two checkpoints of one name."""
+        made = self._made(arm)
+        for row in self.rows:
+            if row["data"] in data and row["links"] == arm.label and row.get("made") != made:
+                raise BadInput(
+                    f"{self._path} holds answers of {arm.label} to {row['data']} made by: {row.get('made')}; "
+                    f"now they would be by: {made}. Give another folder, or the options of then"
+                )
+
+    def _made(self, arm: Arm) -> str:
+        return f"{arm.made_by}, at most {self._settings.max_new_tokens} tokens"
 
     def _answer(self, arm: Arm, asked: Sequence[_Asked]) -> None:
         """Give each its rows, one linking after another: the full prefill first, against which the others are held."""
@@ -191,6 +218,7 @@ class _Asked:
         missing: Sequence[str],
         against_full: bool,
         read: _Read,
+        made: str,
     ):
         self.example, self.missing, self.read = example, missing, read
         self.linkings = list(dict.fromkeys([*missing, "full"] if against_full else missing))
@@ -202,6 +230,7 @@ class _Asked:
             "data": name,
             "number": number,
             "links": arm.label,
+            "made": made,
             "num_documents": len(example.documents),
             "gold": min(example.gold) + 1 if example.gold else None,
         }
