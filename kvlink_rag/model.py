@@ -349,13 +349,14 @@ def _resolve_device(device: str) -> str:
 
 def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
-        return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
     if dtype not in _DTYPES:
         raise BadInput(f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
 
 
-def _has_native_bfloat16(device: torch.device) -> bool:
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "mps":

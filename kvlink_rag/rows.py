@@ -7,7 +7,7 @@ as with experts that share out the rows, the width is 1.
 
 A product of four rows takes hardly longer than one of a single row, on a CPU as long as it is asked for the right way
 (`products`): eight streams of the default model bring 2.6 times the tokens a second of one (tests/measure_server.py).
-Weights on a CPU that are not float32 are not multiplied so, and there the width is 1.
+Where a CPU only emulates the dtype of the weights, each row costs as much as the first, and the width is 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvlink_rag.compute import compute
 from kvlink_rag.config import GenerationSettings
 from kvlink_rag.context import Context, RowsLayer
 from kvlink_rag.generation import AnswerText, Generation, Sampler, generate
-from kvlink_rag.model import LanguageModel
+from kvlink_rag.model import LanguageModel, has_native_bfloat16
 
 NUM_ROWS = 4  # answers under way at once, of which at most `width` share a product
 
@@ -134,7 +134,9 @@ class RowDecoder:
 
 def _gains(model: LanguageModel) -> bool:
     """Whether rows that share a product take less time than one after another."""
-    return model.device.type != "cpu" or model.dtype == torch.float32
+    if model.device.type != "cpu" or model.dtype == torch.float32:
+        return True
+    return model.dtype == torch.bfloat16 and has_native_bfloat16(model.device)
 
 
 @torch.inference_mode()

@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, build_hf, byte_tokenizer
 
-from kvlink_rag import Document
+from kvlink_rag import Document, LanguageModel
 from kvlink_rag.batching import Batch
 from kvlink_rag.compute import compute
 from kvlink_rag.rows import NUM_ROWS
@@ -66,7 +66,15 @@ def test_only_a_model_whose_rows_do_not_touch_each_other_shares_products(family,
 
 
 def test_rows_of_the_default_model_are_the_same_to_the_last_bit_in_any_company(smollm):
-    assert Batch(smollm).width == (NUM_ROWS if smollm.dtype == torch.float32 else 1)
+    assert Batch(smollm).width == NUM_ROWS
+
+
+def test_products_are_not_shared_in_a_dtype_that_the_processor_only_emulates(monkeypatch):
+    """There every row costs as much as the first."""
+    hf = build_hf("llama").to(torch.bfloat16)
+    for is_native, width in ((True, NUM_ROWS), (False, 1)):
+        monkeypatch.setattr("kvlink_rag.rows.has_native_bfloat16", lambda device, found=is_native: found)
+        assert Batch(LanguageModel(hf, byte_tokenizer())).width == width
 
 
 def test_an_answer_that_fails_takes_no_other_with_it(rag):
