@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 
 def main(folder: Path) -> None:
-    with KVLinkRAG.load(store=HERE.parent / "kvlink_store" / "chat") as rag:
+    with KVLinkRAG.load(store=HERE.parent / "example_stores" / "chat") as rag:
         report = rag.add(folder)
         rag.prune(live_ids=[name for name in rag.document_ids() if Path(name).is_relative_to(folder.resolve())])
         print(f"{report.documents} documents: {report.encoded_chunks} chunks read, {report.reused_chunks} known")

@@ -24,7 +24,7 @@ console = Console(highlight=False, soft_wrap=True)
 def main() -> None:
     logging.disable_progress_bar()
     with console.status("loading the models (the first time, SmolLM2 is converted once)"):
-        rag = KVLinkRAG.load(store=HERE.parent / "kvlink_store" / "demo")
+        rag = KVLinkRAG.load(store=HERE.parent / "example_stores" / "demo")
         rag.search("warm up")
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reading every document once")

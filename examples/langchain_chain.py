@@ -22,7 +22,7 @@ class MiniLM(Embeddings):
         return self.embed_documents([text])[0]
 
 
-model = ChatKVLink(store=HERE.parent / "kvlink_store" / "langchain", max_tokens=40)  # <- the line that changes
+model = ChatKVLink(store=HERE.parent / "example_stores" / "langchain", max_tokens=40)  # <- the line that changes
 store = KVLinkFAISS(MiniLM(), model)
 pages = {path.stem: path.read_text("utf-8").split("\n\n") for path in (HERE / "corpus").glob("li*.md")}
 store.add_documents([Document(t, id=f"{p}-{n}") for p, texts in pages.items() for n, t in enumerate(texts) if t[60:]])

@@ -7,7 +7,7 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.llms.kvlink import KVLinkEmbedding, KVLinkIngestion, KVLinkLLM, kv_folder, prune, watch_reuse
 
 HERE = Path(__file__).parent
-STORE = kv_folder(HERE.parent / "kvlink_store" / "llama_index")
+STORE = kv_folder(HERE.parent / "example_stores" / "llama_index")
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def check(
                 repeats=repeats,
                 progress=progress,
             )
-            remember_check(rag.index, rag.fingerprint, rag.linking, None if verdict.is_safe else verdict.advice)
+            remember_check(rag.index, rag.checked_as, rag.linking, None if verdict.is_safe else verdict.advice)
     if as_json:
         print(json.dumps(verdict.to_json()))
     else:
@@ -126,8 +126,10 @@ def report(verdict: Verdict) -> str:
     """What a check found, for a person."""
     exact = verdict.exactness
     lengths = [f"{length:,}" for length in verdict.lengths]
+    too_long = f" ({verdict.too_long} more are beyond the model's window)" if verdict.too_long else ""
     lines = [
-        f"{verdict.model}: {verdict.questions} questions, {verdict.kv_bytes_per_token / 1024:.1f} KiB of KV a token",
+        f"{verdict.model}: {verdict.questions} questions{too_long}, "
+        f"{verdict.kv_bytes_per_token / 1024:.1f} KiB of KV a token",
         f"arithmetic: {exact.top1:.0%} of predictions as in one masked forward, logits differ by at most "
         f"{exact.max_difference:.1e}",
         "",

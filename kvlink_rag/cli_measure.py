@@ -173,8 +173,10 @@ def evaluate(
         files[name] = [arranged(example, order=order, num_documents=num_documents, seed=seed) for example in examples]
     from kvlink_rag.compute import compute
     from kvlink_rag.evaluation.answers import AnswerRun, Arm, summary
-    from kvlink_rag.evaluation.report import table, write_report
+    from kvlink_rag.evaluation.report import drawing, table, write_report
 
+    if out is not None:
+        drawing("plotting an evaluation")  # said now if it cannot be done, not after hours
     arms = []
     chosen_links: Sequence[str | None] = links or [None]
     for chosen in chosen_links:

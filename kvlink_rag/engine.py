@@ -35,7 +35,7 @@ from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import Ingestion, Progress
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.linking import resolve_linking
-from kvlink_rag.links import Checkpoint, LinkTokens
+from kvlink_rag.links import Checkpoint, LinkTokens, checkpoint_digest
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.prompt import Message
@@ -82,7 +82,7 @@ class KVLinkEngine:
         self.entries = open_entries(self.folder, self.limits)
         self.memory = MemoryTier(self.limits.max_memory_bytes)
         self._enter(namespace)
-        if failure := maintenance.failed_check(self.index, self.fingerprint, self.linking):
+        if failure := maintenance.failed_check(self.index, self.checked_as, self.linking):
             log.warning("the last kvlink check of this store failed: %s", failure)
 
     def _enter(self, namespace: str) -> None:
@@ -163,6 +163,11 @@ class KVLinkEngine:
 
         engine: Self = compute.run(build)
         return engine
+
+    @property
+    def checked_as(self) -> str:
+        """Under what name a store remembers a `kvlink check`: its recipe and what was trained, links and reader."""
+        return f"{self.fingerprint} {checkpoint_digest(self.model, self.links)}"
 
     @property
     def fingerprint(self) -> str:

@@ -12,6 +12,7 @@ folder:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -197,6 +198,13 @@ class LinkTokens:
             "files": _parts(folder),
         }
         (folder / "kvlink.json").write_text(json.dumps(written, indent=2) + "\n", "utf-8")
+
+
+def checkpoint_digest(model: LanguageModel, links: LinkTokens) -> str:
+    """What tells what was trained from other checkpoints over one base: link embeddings and adapters; hex."""
+    digest = hashlib.sha256(f"{model.adapter}|{model.reader_adapter}|{tuple(links.embeddings.shape)}|".encode())
+    digest.update(links.embeddings.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def holds_parts(folder: Path) -> bool:

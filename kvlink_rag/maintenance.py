@@ -62,16 +62,19 @@ def stats(index: VectorIndex, entries: DiskStore, namespace: str = "") -> dict[s
     }
 
 
-def remember_check(index: VectorIndex, fingerprint: str, linking: str, failure: str | None) -> None:
-    """Keep the verdict of the last `kvlink check`; failure: what it advises if it did not pass."""
-    verdict = {"fingerprint": fingerprint, "linking": linking, "failure": failure}
+def remember_check(index: VectorIndex, checked_as: str, linking: str, failure: str | None) -> None:
+    """Keep the verdict of the last `kvlink check`; failure: what it advises if it did not pass.
+
+    checked_as: `KVLinkEngine.checked_as` of what was checked.
+    """
+    verdict = {"checked_as": checked_as, "linking": linking, "failure": failure}
     index.set_meta(CHECK, json.dumps(verdict))
 
 
-def failed_check(index: VectorIndex, fingerprint: str, linking: str) -> str | None:
-    """What the last check of this recipe and linking advises, if it did not pass."""
+def failed_check(index: VectorIndex, checked_as: str, linking: str) -> str | None:
+    """What the last check of this recipe, checkpoint and linking advises, if it did not pass."""
     verdict = json.loads(index.get_meta(CHECK) or "{}")
-    if verdict.get("fingerprint") != fingerprint or verdict.get("linking") != linking:
+    if verdict.get("checked_as") != checked_as or verdict.get("linking") != linking:
         return None
     failure: str | None = verdict["failure"]
     return failure

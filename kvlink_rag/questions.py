@@ -32,6 +32,14 @@ class Example:
     documents: tuple[Document, ...]
     gold: frozenset[int] = frozenset()  # places of the documents that support the answer; empty where unknown
     wanted: str = ANSWER
+    is_whole: bool = True  # whether the answers end where they do, and were not cut off at a number of tokens
+
+
+def accepted(answers: Any) -> tuple[str, ...]:
+    """A record's answers. Raises TypeError for anything but a list of texts: a text would be taken letter by letter."""
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise TypeError(f"answers must be a list of texts, not {answers!r}")
+    return tuple(answers)
 
 
 def system_for(documents: Sequence[Document]) -> str | None:
@@ -65,7 +73,8 @@ def read_examples(
             found = [_document(item, passages or {}, where) for item in row["documents"]]
             gold = frozenset(place for place, item in enumerate(row["documents"]) if item.get("is_gold"))
             wanted = SUMMARY if row.get("dataset") in _SUMMARIES else ANSWER
-            examples.append(Example(row["question"], tuple(row["answers"]), tuple(found), gold, wanted))
+            is_whole = not row.get("is_cut", False)
+            examples.append(Example(row["question"], accepted(row["answers"]), tuple(found), gold, wanted, is_whole))
         except (KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{where}: not an example with question, answers and documents ({error!r})") from error
     return examples

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
+import torch
 from test_exactness import model_of, random_links
 
-from kvlink_rag import KVLinkEngine, KVLinkRAG
+from kvlink_rag import Document, KVLinkEngine, KVLinkRAG
+from kvlink_rag.cli_check import report
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.encoding_prefix import TASK, WITH_STAND_IN
 from kvlink_rag.errors import BadInput
 from kvlink_rag.evaluation import check as checking
 from kvlink_rag.evaluation.agreement import compare
 from kvlink_rag.evaluation.check import Exactness, LinkingCheck, Verdict, break_even, exactness
-from kvlink_rag.evaluation.ttft import median_ttfts
+from kvlink_rag.evaluation.ttft import median_ttfts, run_ttft
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.maintenance import failed_check, remember_check
 from kvlink_rag.questions import own_questions
@@ -23,6 +26,16 @@ from kvlink_rag.questions import own_questions
 
 def silent(stage, done, total):
     pass
+
+
+def short_questions(number):
+    """With two documents each, which fit the window of a model that reads bytes."""
+    found = []
+    for example in own_questions()[:number]:
+        (gold,) = example.gold
+        others = [document for place, document in enumerate(example.documents) if place != gold]
+        found.append(replace(example, documents=(example.documents[gold], others[0]), gold=frozenset({0})))
+    return found
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3-window", "cohere2-nope"])
@@ -111,21 +124,47 @@ def test_the_fastest_safe_linking_is_recommended():
 
 def test_a_check_of_a_tiny_random_model_fails(tiny):
     """Its chunks depend on each other at random, and nothing has learnt to do without."""
-    found = checking.check(tiny, LinkTokens.untrained(tiny), own_questions()[:2], ["fixed_positions"], repeats=1)
+    found = checking.check(tiny, LinkTokens.untrained(tiny), short_questions(2), ["fixed_positions"], repeats=1)
     assert found.exactness.is_exact and found.lengths and not found.is_safe
     assert found.linkings[0].linking == "fixed_positions" and len(found.full_ttft_s) == len(found.lengths)
     with pytest.raises(BadInput, match="no question"):
         checking.check(tiny, LinkTokens.untrained(tiny), [], ["plain"])
     with pytest.raises(BadInput, match="holds the others against"):
-        checking.check(tiny, LinkTokens.untrained(tiny), own_questions()[:1], ["full"])
+        checking.check(tiny, LinkTokens.untrained(tiny), short_questions(1), ["full"])
     with pytest.raises(BadInput, match="no context length to time: give one between 1 and 1,983"):
-        checking.check(tiny, LinkTokens.untrained(tiny), own_questions()[:1], ["plain"], lengths=[0, 9999])
+        checking.check(tiny, LinkTokens.untrained(tiny), short_questions(1), ["plain"], lengths=[0, 9999])
+
+
+def test_questions_beyond_the_window_are_counted_and_not_asked(tiny):
+    fitting = short_questions(1)[0]
+    long = replace(fitting, documents=(*fitting.documents, Document("word " * tiny.max_positions)))
+    found = checking.check(tiny, LinkTokens.untrained(tiny), [long, fitting], ["plain"], lengths=[900], repeats=1)
+    assert (found.questions, found.too_long) == (1, 1)
+    assert "1 questions (1 more are beyond the model's window)" in report(found)
+    with pytest.raises(BadInput, match="all 1 questions with their documents are beyond 2,048 tokens"):
+        checking.check(tiny, LinkTokens.untrained(tiny), [long], ["plain"])
+
+
+def test_a_context_that_cannot_be_timed_is_refused_before_the_questions(tiny):
+    stages = []
+    with pytest.raises(BadInput, match="too short for 10 chunks"):
+        checking.check(
+            tiny,
+            LinkTokens.untrained(tiny),
+            short_questions(1),
+            ["plain"],
+            lengths=[100, 900],
+            progress=lambda *stage: stages.append(stage),
+        )
+    with pytest.raises(BadInput, match="or beyond 2048"):
+        run_ttft(tiny, LinkTokens.untrained(tiny), [900, 9999], 1, lambda *stage: stages.append(stage))
+    assert not stages
 
 
 def test_fewer_bits_at_rest_are_what_is_checked(tiny):
     def found(precision):
         return checking.check(
-            tiny, LinkTokens.untrained(tiny), own_questions()[:1], ["plain"], precision=precision, repeats=1
+            tiny, LinkTokens.untrained(tiny), short_questions(1), ["plain"], precision=precision, repeats=1
         )
 
     whole, packed = found("model"), found("int4")
@@ -135,9 +174,9 @@ def test_fewer_bits_at_rest_are_what_is_checked(tiny):
 
 def test_a_store_remembers_what_its_last_check_said(tiny, tmp_path, caplog):
     with KVLinkEngine(tiny, tmp_path, linking="plain") as engine:
-        remember_check(engine.index, engine.fingerprint, "plain", "plain differs too much")
-        assert failed_check(engine.index, engine.fingerprint, "plain") == "plain differs too much"
-        assert failed_check(engine.index, engine.fingerprint, "link_tokens") is None
+        remember_check(engine.index, engine.checked_as, "plain", "plain differs too much")
+        assert failed_check(engine.index, engine.checked_as, "plain") == "plain differs too much"
+        assert failed_check(engine.index, engine.checked_as, "link_tokens") is None
         assert failed_check(engine.index, "another recipe", "plain") is None
     with caplog.at_level(logging.WARNING):
         KVLinkEngine(tiny, tmp_path, linking="plain").close()
@@ -145,7 +184,10 @@ def test_a_store_remembers_what_its_last_check_said(tiny, tmp_path, caplog):
         "the last kvlink check of this store failed: plain differs too much"
     ]
     caplog.clear()
+    other = LinkTokens(torch.ones(1, 1, tiny.hidden_size), "other")
+    KVLinkEngine(tiny, tmp_path, links=other, linking="plain").close()  # of which the check told nothing
+    assert not caplog.records
     with KVLinkEngine(tiny, tmp_path, linking="full") as engine:
-        remember_check(engine.index, engine.fingerprint, "plain", None)
+        remember_check(engine.index, engine.checked_as, "plain", None)
     KVLinkEngine(tiny, tmp_path, linking="plain").close()
     assert not caplog.records

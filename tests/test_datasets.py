@@ -68,6 +68,15 @@ def test_hotpotqa_and_2wikimultihopqa(tmp_path):
     )
 
 
+def test_sentences_without_spaces_between_them_get_one(tmp_path):
+    """As 2WikiMultihopQA publishes them."""
+    path = tmp_path / "dev.json"
+    context = [["Ferries", ["One leaves at nine.", "One at ten.", " And one at noon."]], ["Horns", ["Bertha."]]]
+    path.write_text(json.dumps([{**HOTPOT, "context": context}]), "utf-8")
+    (example,) = read_data(path)
+    assert example.documents[0].text == "One leaves at nine. One at ten. And one at noon."
+
+
 def test_musique_leaves_out_what_has_no_answer(tmp_path):
     path = tmp_path / "dev.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in (MUSIQUE, {**MUSIQUE, "answerable": False})), "utf-8")
@@ -118,6 +127,15 @@ def test_samsum_and_multi_news_want_summaries(tmp_path):
     (example,) = read_data(tmp_path / "test.src")
     assert [document.text for document in example.documents] == ["One.\n Two.", "Three."]
     assert example.wanted == SUMMARY and example.answers == ("All of it.",)
+
+
+def test_multi_news_as_it_is_published(tmp_path):
+    """Articles cleaned, beside summaries that are not; signs within an article that end a line for Python alone."""
+    (tmp_path / "test.src.cleaned").write_text("One.\u2028Two.\nThree.\n", "utf-8")
+    (tmp_path / "test.tgt").write_text("First.\nSecond.\n", "utf-8")
+    first, second = read_data(tmp_path / "test.src.cleaned")
+    assert first.documents[0].text == "One.\u2028Two." and first.answers == ("First.",)
+    assert second.documents[0].text == "Three." and second.answers == ("Second.",)
 
 
 def test_the_own_form_knows_sets_that_want_summaries(tmp_path):

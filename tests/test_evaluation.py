@@ -177,26 +177,42 @@ def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
 
 
 def test_a_run_does_not_go_on_from_answers_that_were_made_otherwise(tiny, with_reader, tmp_path):
-    """Of another dtype, checkpoint or length under the same name; those to other data may lie beside them."""
+    """Of another dtype, checkpoint, length, or of other questions under the same name."""
 
-    def run(model, name="data", max_new_tokens=2):
+    def run(model, name="data", max_new_tokens=2, examples=EXAMPLES):
         found = AnswerRun([arm_of(model)], tmp_path, max_new_tokens=max_new_tokens)
-        found.run({name: EXAMPLES}, ["plain"], lambda stage, done, total: None)
+        found.run({name: examples}, ["plain"], lambda stage, done, total: None)
         return found.rows
 
     rows = run(tiny)
     halved = LanguageModel(build("llama").hf.to(torch.bfloat16), byte_tokenizer())
     trained = LanguageModel(with_reader.hf, byte_tokenizer(), reader=with_reader.reader, reader_adapter="its digest")
     others = [
-        (lambda: run(halved), "now they would be by: bfloat16"),
-        (lambda: run(trained), "made by: float32, weights"),
-        (lambda: run(tiny, max_new_tokens=3), "at most 2 tokens; .* at most 3 tokens"),
+        (lambda: run(halved), "with made_by float32, .* would be bfloat16, "),
+        (lambda: run(halved, "more"), "with made_by float32, .* would be bfloat16, "),  # means over sets would mix them
+        (lambda: run(trained), "with made_by float32, weights"),
+        (lambda: run(tiny, max_new_tokens=3), "with at_most 2; of this run it would be 3"),
+        (lambda: run(tiny, examples=EXAMPLES[::-1]), "number 0, with asked "),
     ]
     for other, said in others:
         with pytest.raises(BadInput, match=said):
             other()
     assert run(tiny) == rows
     assert len(run(tiny, "more", max_new_tokens=3)) == 2 * len(rows)
+
+
+def test_rows_that_two_runs_made_are_counted_once(tiny, tmp_path):
+    first, second = (AnswerRun([arm_of(tiny)], tmp_path, max_new_tokens=2) for _ in range(2))
+    for run in (first, second):
+        run.run({"data": EXAMPLES}, ["plain"], lambda stage, done, total: None)
+    assert len((tmp_path / "results.jsonl").read_text("utf-8").splitlines()) == 4
+    assert len(second.rows) == len(AnswerRun([arm_of(tiny)], tmp_path, max_new_tokens=2).rows) == 2
+
+
+def test_an_example_without_an_accepted_answer_is_named(tiny, tmp_path):
+    run = AnswerRun([arm_of(tiny)], tmp_path, max_new_tokens=2)
+    with pytest.raises(BadInput, match="data: example 2 has no accepted answer"):
+        run.run({"data": [EXAMPLES[0], Example("Why?", (), DOCUMENTS)]}, ["plain"], lambda stage, done, total: None)
 
 
 def test_of_two_runs_into_one_folder_the_last_to_end_knows_all_rows(tiny, tmp_path):

@@ -10,10 +10,13 @@ import torch
 from boxes import COLOURS, examples, run, settings
 
 from kvlink_rag import KVLinkEngine, LanguageModel
+from kvlink_rag.chunking import chunk_text
+from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput, CheckpointMismatch, Diverged
 from kvlink_rag.questions import Example, read_examples, read_passages
 from kvlink_rag.training import objectives
 from kvlink_rag.training.lessons import draw, make_lessons
+from kvlink_rag.training.steps import Pool, Steps, StepSettings
 from kvlink_rag.types import Document
 
 
@@ -22,6 +25,18 @@ def test_twenty_steps_lower_the_loss(trainable, base, tmp_path):
     losses = run(base, tmp_path / "out", trainable=trainable)
     assert len(losses) == 20
     assert sum(losses[step] for step in range(17, 21)) < 0.95 * sum(losses[step] for step in range(1, 5))
+
+
+def test_a_run_keeps_what_it_saved_last_and_before_and_no_more(base, tmp_path):
+    run(base, tmp_path / "out", trainable="links", save_minutes=0)
+    kept = sorted(path.name for path in (tmp_path / "out" / "run" / "trainer").glob("checkpoint-*"))
+    assert kept == ["checkpoint-19", "checkpoint-20"]
+
+
+def test_an_example_without_an_answer_is_refused_by_name(base, tmp_path):
+    data = [*examples(2), Example("What is red?", (), examples(1)[0].documents)]
+    with pytest.raises(BadInput, match="boxes: example 3 has no answer"):
+        run(base, tmp_path / "out", trainable="links", data=data)
 
 
 @pytest.mark.parametrize("trainable", ["lora", "full"])
@@ -219,6 +234,7 @@ def test_no_example_is_said(base, tmp_path):
         ('{"question": "q", "answers": ["a"]}', "not an example"),
         ('{"question": "q", "answers": ["a"], "documents": [{"passage": "p-9"}]}', "passage 'p-9'"),
         ('["q"]', "not an example"),
+        ('{"question": "q", "answers": "Paris", "documents": []}', "answers must be a list of texts, not 'Paris'"),
     ],
 )
 def test_a_bad_line_is_named(line, words, tmp_path):
@@ -249,6 +265,45 @@ def test_questions_are_shared_only_where_their_documents_are_all_there():
     assert asked == [{"1?", "1 and 2?"}] * 2 + [{"1?", "1 and 2?", "3?"}, {"1?", "1 and 2?", "3?", "what?"}]
     assert [len(lesson.asked) for lesson in make_lessons([one, both, three], max_turns=2)] == [2, 2, 2]
     assert lessons[3].asked[0].question == "what?"
+
+
+def test_documents_beyond_the_limit_go_but_for_those_that_a_question_needs(tiny):
+    documents = tuple(Document(f"text {number} " + "word " * 20) for number in range(6))
+    (lesson,) = make_lessons([Example("5?", ("five",), documents, frozenset({4}))], max_turns=1)
+    encoder = Encoder(tiny)
+    ids = [encoder.token_ids(chunk_text(document.text, None)) for document in documents]
+    settings = StepSettings(
+        num_links=1,
+        num_slots=1,
+        min_documents=1,
+        max_documents=6,
+        max_tokens=3 * len(ids[0]),
+        causal_share=0.0,
+        with_teacher=False,
+    )
+    step = Steps([Pool([lesson], 1.0)], encoder, settings, size=1, seed=0).step(lesson)
+    assert list(step.chunk_ids) == [ids[place] for place in (0, 1, 4)]
+
+
+def test_an_answer_that_was_cut_off_is_not_taught_to_end_there(tiny):
+    encoder = Encoder(tiny)
+    settings = StepSettings(
+        num_links=1,
+        num_slots=1,
+        min_documents=1,
+        max_documents=1,
+        max_tokens=999,
+        causal_share=0.0,
+        with_teacher=False,
+    )
+    learnt = []
+    for is_whole in (True, False):
+        example = Example("?", ("nine",), (Document("At nine."),), frozenset({0}), is_whole=is_whole)
+        lessons = make_lessons([example], max_turns=1)
+        layout = Steps([Pool(lessons, 1.0)], encoder, settings, size=1, seed=0).step(lessons[0]).linked
+        learnt.append(layout.ids.tolist())
+    whole, cut = learnt
+    assert whole[: len(cut)] == cut and 0 < len(whole) - len(cut) <= 2
 
 
 def test_a_drawn_lesson_keeps_what_its_questions_need():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from kvlink_rag.evaluation.scores import interval, interval_of_means, score, sco
 from kvlink_rag.generation import predict
 from kvlink_rag.kv import KV, StoredKV
 from kvlink_rag.linking import get_linking
-from kvlink_rag.links import LinkTokens
+from kvlink_rag.links import LinkTokens, checkpoint_digest
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.prompt import stop_ids
@@ -55,11 +56,8 @@ class Arm:
         self.forcing, self.num_links = Forcing(self.encoder, links), links.num_per_chunk
         self.label = label if precision == "model" else f"{label}, {precision}"
         self.reads_as = replace(self.encoder.recipe, storage_dtype="any").fingerprint  # the same for all precisions
-        trained = hashlib.sha256(f"{model.adapter}|{model.reader_adapter}|".encode())
-        trained.update(links.embeddings.detach().cpu().float().contiguous().numpy().tobytes())
-        dtype = str(model.dtype).removeprefix("torch.")
-        weights = (model.origin or model.weights)[:8]
-        self.made_by = f"{dtype}, weights {weights}, checkpoint {trained.hexdigest()[:8]}"
+        dtype, weights = str(model.dtype).removeprefix("torch."), model.origin or model.weights
+        self.made_by = f"{dtype}, weights {weights[:8]}, checkpoint {checkpoint_digest(model, links)[:8]}"
 
 
 class AnswerRun:
@@ -78,7 +76,7 @@ class AnswerRun:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "results.jsonl"
         self.rows = read_rows(self._path)
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), "utf-8")  # without a line cut off
+        _drop_cut_line(self._path)
 
     def run(
         self,
@@ -88,8 +86,12 @@ class AnswerRun:
     ) -> None:
         """Answer all examples: the first of every file, then the second, so that a part of a run says something.
 
-        Raises BadInput where the folder holds rows of the same name that were made in another way.
+        Raises BadInput for an example without an accepted answer, and where the folder holds rows that this run would
+        have made in another way.
         """
+        for name, examples in data.items():
+            if nameless := [number for number, example in enumerate(examples, 1) if not example.answers]:
+                raise BadInput(f"{name}: example {nameless[0]} has no accepted answer to hold others against")
         for arm in self._arms:
             self._refuse_others(arm, data)
         done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
@@ -106,25 +108,31 @@ class AnswerRun:
                     if missing:
                         read = reads.setdefault((name, number, arm.reads_as), _Read())
                         against_full = "full" in wanted
-                        made = self._made(arm)
-                        asked.append(_Asked(arm, name, number, data[name][number], missing, against_full, read, made))
+                        one = _Asked(arm, name, number, data[name][number], missing, against_full, read)
+                        one.about["at_most"] = self._settings.max_new_tokens
+                        asked.append(one)
                 self._answer(arm, asked)
                 self._keep([row for one in asked for row in one.rows])
             progress("examples", start + len(some), len(order))
         self.rows = read_rows(self._path)  # with those of runs beside this one
 
     def _refuse_others(self, arm: Arm, data: Mapping[str, Sequence[Example]]) -> None:
-        """A table must not mix answers in bfloat16 with answers in float32, or those of two checkpoints of one name."""
-        made = self._made(arm)
+        """A table must not mix bfloat16 with float32, two checkpoints or two data files of one name, or lengths."""
+        now = {"made_by": arm.made_by, "at_most": self._settings.max_new_tokens, "asked": ""}
+        asked = {name: [asked_digest(example) for example in examples] for name, examples in data.items()}
         for row in self.rows:
-            if row["data"] in data and row["links"] == arm.label and row.get("made") != made:
-                raise BadInput(
-                    f"{self._path} holds answers of {arm.label} to {row['data']} made by: {row.get('made')}; "
-                    f"now they would be by: {made}. Give another folder, or the options of then"
-                )
-
-    def _made(self, arm: Arm) -> str:
-        return f"{arm.made_by}, at most {self._settings.max_new_tokens} tokens"
+            if row["links"] != arm.label:
+                continue
+            examples = asked.get(row["data"], [])
+            told = ["made_by"] + ["at_most"] * (row["data"] in data) + ["asked"] * (row["number"] < len(examples))
+            now["asked"] = examples[row["number"]] if "asked" in told else ""
+            for name in told:
+                if row.get(name) != now[name]:
+                    raise BadInput(
+                        f"{self._path} holds an answer of {arm.label} to {row['data']}, number {row['number']}, with "
+                        f"{name} {row.get(name)}; of this run it would be {now[name]}. Give another folder, or what "
+                        f"was given then"
+                    )
 
     def _answer(self, arm: Arm, asked: Sequence[_Asked]) -> None:
         """Give each its rows, one linking after another: the full prefill first, against which the others are held."""
@@ -218,7 +226,6 @@ class _Asked:
         missing: Sequence[str],
         against_full: bool,
         read: _Read,
-        made: str,
     ):
         self.example, self.missing, self.read = example, missing, read
         self.linkings = list(dict.fromkeys([*missing, "full"] if against_full else missing))
@@ -230,7 +237,8 @@ class _Asked:
             "data": name,
             "number": number,
             "links": arm.label,
-            "made": made,
+            "made_by": arm.made_by,
+            "asked": asked_digest(example),
             "num_documents": len(example.documents),
             "gold": min(example.gold) + 1 if example.gold else None,
         }
@@ -261,14 +269,32 @@ def _closeness(reference: _Said, said: _Said) -> Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of earlier runs; a line that was cut off is left out."""
-    rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    """The rows of earlier runs, each arm's answer to an example once; a line that was cut off is left out."""
+    rows: dict[tuple[str, int, str, str], Row] = {}
+    for line in path.read_text("utf-8").split("\n") if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:  # the last line of a killed run: its example is answered again
             continue
-    return rows
+        rows.setdefault((row["data"], row["number"], row["links"], row["linking"]), row)  # two runs may have made it
+    return list(rows.values())
+
+
+def asked_digest(example: Example) -> str:
+    """What tells an example from another: 8 hex digits over question, answers and documents, in their order."""
+    documents = [(document.title, document.text) for document in example.documents]
+    told = json.dumps([example.question, example.answers, documents, example.wanted])
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Let a file end with a whole line, so that the next one begins a line of its own."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(whole, "utf-8")
+        temporary.replace(path)
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:

@@ -16,10 +16,10 @@ from kvlink_rag.compute import compute
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
-from kvlink_rag.evaluation.agreement import Closeness, compare
+from kvlink_rag.evaluation.agreement import NUM_TOKENS, Closeness, compare
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
 from kvlink_rag.evaluation.scores import interval
-from kvlink_rag.evaluation.ttft import median_ttfts
+from kvlink_rag.evaluation.ttft import median_ttfts, words_per_chunk
 from kvlink_rag.generation import predict
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
@@ -76,7 +76,10 @@ class LinkingCheck:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found. The first of `linkings` is the one that was asked about."""
+    """What a check found. The first of `linkings` is the one that was asked about.
+
+    questions: how many were asked; too_long: how many were not, since they are beyond the model's window.
+    """
 
     model: str
     fingerprint: str
@@ -86,6 +89,7 @@ class Verdict:
     full_ttft_s: tuple[float, ...]
     linkings: tuple[LinkingCheck, ...]
     kv_bytes_per_token: int
+    too_long: int = 0
 
     @property
     def is_safe(self) -> bool:
@@ -139,8 +143,9 @@ def check(
 ) -> Verdict:
     """Hold `linkings` against a full prefill; the verdict is on the first.
 
-    precision: of stored KV. lengths: tokens of context to time, those beyond the model's window left out. Raises
-    BadInput without examples, without a length, and where a full prefill is to be held against itself.
+    precision: of stored KV. lengths: tokens of context to time, those beyond the model's window left out. Examples
+    beyond it are counted and not asked. Raises BadInput without examples, without a length, and where a full prefill
+    is to be held against itself.
     """
     if not examples:
         raise BadInput("there is no question to check with")
@@ -152,22 +157,35 @@ def check(
     if not lengths:
         raise BadInput(f"there is no context length to time: give one between 1 and {longest - 1:,} tokens")
     encoder = Encoder(model, precision=Precision.parse(precision))
+    for length in lengths:
+        words_per_chunk(encoder, links, length)
+    fitting = [example for example in examples if _fits(encoder, links, example)]
+    if not fitting:
+        raise BadInput(f"all {len(examples)} questions with their documents are beyond {model.max_positions:,} tokens")
 
     def quality() -> tuple[Exactness, dict[str, Closeness]]:
-        return exactness(encoder, links, examples[0]), compare(encoder, links, examples, linkings, progress)
+        return exactness(encoder, links, fitting[0]), compare(encoder, links, fitting, linkings, progress)
 
     exact, found = compute.run(lambda job: quality())
     clocks = _clocks(model, links, precision, ["full", *linkings], lengths, repeats, progress)
     return Verdict(
         model=model.public_name,
         fingerprint=encoder.fingerprint,
-        questions=len(examples),
+        questions=len(fitting),
         exactness=exact,
         lengths=lengths,
         full_ttft_s=clocks["full"],
         linkings=tuple(_linking(name, found[name], lengths, clocks) for name in linkings),
         kv_bytes_per_token=encoder.precision.nbytes(model.kv_shape, CHUNK_TOKENS) // CHUNK_TOKENS,
+        too_long=len(examples) - len(fitting),
     )
+
+
+def _fits(encoder: Encoder, links: LinkTokens, example: Example) -> bool:
+    """Whether a question with its documents, links and an answer stays within the model's window."""
+    prompt = prompt_of(encoder, example)
+    answer = max([NUM_TOKENS, *(encoder.model.tokenizer.count(text) for text in example.answers[:1])])
+    return len(prompt.ids) + links.num_per_chunk * len(prompt.chunk_ids) + answer <= encoder.model.max_positions
 
 
 def exactness(encoder: Encoder, links: LinkTokens, example: Example) -> Exactness:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlink_rag.errors import BadInput
-from kvlink_rag.questions import SUMMARY, Example, json_lines, own_questions, read_examples
+from kvlink_rag.questions import SUMMARY, Example, accepted, json_lines, own_questions, read_examples
 from kvlink_rag.types import Document
 
 SAMPLE = "sample"
@@ -108,9 +108,17 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _hotpotqa(record: Record, path: Path) -> Iterator[Example]:
     titles = {title for title, _ in record["supporting_facts"]}
-    documents = tuple(Document("".join(sentences).strip(), title=title) for title, sentences in record["context"])
+    documents = tuple(Document(_joined(sentences), title=title) for title, sentences in record["context"])
     gold = frozenset(place for place, document in enumerate(documents) if document.title in titles)
     yield Example(record["question"], (record["answer"],), documents, gold)
+
+
+def _joined(sentences: Sequence[str]) -> str:
+    """Sentences as one text: HotpotQA's begin with the space that stands between them, 2WikiMultihopQA's do not."""
+    text = ""
+    for sentence in sentences:
+        text += sentence if not text or text[-1].isspace() or sentence[:1].isspace() else f" {sentence}"
+    return text.strip()
 
 
 def _musique(record: Record, path: Path) -> Iterator[Example]:
@@ -124,7 +132,7 @@ def _musique(record: Record, path: Path) -> Iterator[Example]:
 def _natural_questions(record: Record, path: Path) -> Iterator[Example]:
     documents = tuple(Document(item["text"], title=item.get("title")) for item in record["ctxs"])
     gold = frozenset(place for place, item in enumerate(record["ctxs"]) if item.get("isgold"))
-    yield Example(record["question"], tuple(record["answers"]), documents, gold)
+    yield Example(record["question"], accepted(record["answers"]), documents, gold)
 
 
 def _squad(record: Record, path: Path) -> Iterator[Example]:
@@ -155,10 +163,12 @@ def _samsum(record: Record, path: Path) -> Iterator[Example]:
 
 
 def _multi_news(path: Path) -> Iterator[Example]:
-    """Articles a line in a .src file, their summary on the same line of the .tgt file beside it."""
-    summaries = Path(str(path).replace(".src", ".tgt"))
+    """Articles a line in a .src file (or .src.cleaned), their summary on the same line of the .tgt file beside it."""
+    summaries = path.with_name(path.name.replace(".src", ".tgt"))
+    if not summaries.exists():
+        summaries = path.with_name(f"{path.name.partition('.src')[0]}.tgt")
     try:
-        articles, wanted = (file.read_text("utf-8").splitlines() for file in (path, summaries))
+        articles, wanted = (_lines(file) for file in (path, summaries))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} and {summaries.name} beside it cannot be read: {error}") from error
     if len(articles) != len(wanted):
@@ -173,6 +183,11 @@ def _multi_news(path: Path) -> Iterator[Example]:
             frozenset(),
             SUMMARY,
         )
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines as the authors count them: other signs that end a line for Python stand within articles."""
+    return path.read_text("utf-8").removesuffix("\n").split("\n")
 
 
 def _has(*names: str) -> Callable[[Record], bool]:

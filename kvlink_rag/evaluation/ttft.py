@@ -21,6 +21,7 @@ import torch
 from kvlink_rag.compute import compute
 from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings, StoreSettings
 from kvlink_rag.embedder import Embedder
+from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.generation import generate
 from kvlink_rag.index import IndexedChunk
@@ -30,6 +31,7 @@ from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Message, build_prompt
 from kvlink_rag.rag import KVLinkRAG
+from kvlink_rag.tokens import TextTokenizer
 from kvlink_rag.types import Chunk
 
 NUM_CHUNKS = 10
@@ -59,6 +61,9 @@ def _run(
     repeats: int,
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
+    encoder = Encoder(model)
+    for length in contexts:  # said now if one is beyond the window, not after the others
+        words_per_chunk(encoder, links, length)
     embedder = Embedder()
     rows: list[dict[str, Any]] = []
     for length in contexts:
@@ -129,14 +134,25 @@ def median_ttfts(
 
 def make_texts(rag: KVLinkRAG, length: int) -> tuple[str, list[str]]:
     """A question of 40 tokens, and 10 equal chunks that with prefix, links and question make `length` tokens."""
-    question = _text(rag, random.Random(length), QUESTION_TOKENS)
-    messages: list[Message] = [{"role": "user", "content": question}]
-    scaffold = build_prompt(rag.model.tokenizer, messages, [], system=DEFAULT_SYSTEM).num_scaffold_tokens
-    around = len(rag.encoder.token_ids("a")) - 1
-    num_words = (length - scaffold) // NUM_CHUNKS - rag.links.num_per_chunk - around
-    if num_words < 4 or length >= rag.model.max_positions:
-        raise BadInput(f"a context of {length} tokens is too short for 10 chunks, or beyond {rag.model.max_positions}")
-    return question, [_text(rag, random.Random(f"{length} {number}"), num_words) for number in range(NUM_CHUNKS)]
+    tokenizer, num_words = rag.model.tokenizer, words_per_chunk(rag.encoder, rag.links, length)
+    texts = [_text(tokenizer, random.Random(f"{length} {number}"), num_words) for number in range(NUM_CHUNKS)]
+    return _question(tokenizer, length), texts
+
+
+def words_per_chunk(encoder: Encoder, links: LinkTokens, length: int) -> int:
+    """How many words of one token each of 10 chunks has in a context of `length` tokens. Raises BadInput."""
+    model = encoder.model
+    messages: list[Message] = [{"role": "user", "content": _question(model.tokenizer, length)}]
+    scaffold = build_prompt(model.tokenizer, messages, [], system=DEFAULT_SYSTEM).num_scaffold_tokens
+    around = len(encoder.token_ids("a")) - 1
+    num_words = (length - scaffold) // NUM_CHUNKS - links.num_per_chunk - around
+    if num_words < 4 or length >= model.max_positions:
+        raise BadInput(f"a context of {length} tokens is too short for 10 chunks, or beyond {model.max_positions}")
+    return num_words
+
+
+def _question(tokenizer: TextTokenizer, length: int) -> str:
+    return _text(tokenizer, random.Random(length), QUESTION_TOKENS)
 
 
 def fill(rag: KVLinkRAG, texts: list[str]) -> float:
@@ -174,9 +190,9 @@ def _floor(rag: KVLinkRAG, messages: list[Message], texts: list[str]) -> float:
     return (record.first_token_at or time.perf_counter()) - started
 
 
-def _text(rag: KVLinkRAG, rng: random.Random, num_tokens: int) -> str:
+def _text(tokenizer: TextTokenizer, rng: random.Random, num_tokens: int) -> str:
     """Words that make exactly so many tokens."""
-    count = rag.model.tokenizer.count
+    count = tokenizer.count
     words = [f" {word}" for word in WORDS if count(f" {word}") == 1]
     words = words or list("abcdefgh")  # a tokenizer that knows no words has letters
     text = "".join(rng.choice(words) for _ in range(num_tokens)).strip()

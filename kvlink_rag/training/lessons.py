@@ -13,11 +13,15 @@ from kvlink_rag.types import Document
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with the answer to learn; needs: texts of the documents that support it, empty where unknown."""
+    """A question with the answer to learn; needs: texts of the documents that support it, empty where unknown.
+
+    is_whole: whether the answer's end is to be learnt too, and was not where somebody stopped counting tokens.
+    """
 
     question: str
     answer: str
     needs: frozenset[str]
+    is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,4 +80,4 @@ def draw(lesson: Lesson, rng: random.Random, *, min_documents: int, max_document
 
 def _asked(example: Example) -> Asked:
     needs = frozenset(example.documents[place].text for place in example.gold)
-    return Asked(example.question, example.answers[0] if example.answers else "", needs)
+    return Asked(example.question, example.answers[0] if example.answers else "", needs, example.is_whole)

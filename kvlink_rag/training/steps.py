@@ -55,18 +55,23 @@ class Steps(Dataset[Step]):
         return self.step(lesson, causal=rng.random() < chosen.causal_share)
 
     def step(self, lesson: Lesson, *, causal: bool = False) -> Step:
-        """A lesson in token ids, exactly as it would be served; documents beyond max_tokens are left out."""
+        """A lesson in token ids, exactly as it would be served; documents beyond max_tokens are left out.
+
+        Those that its first question needs are the last to be left out: nothing is taught without its evidence.
+        """
         encoder, chosen = self._encoder, self._settings
         texts = [chunk_text(document.text, document.title) for document in lesson.documents]
-        chunk_ids: list[tuple[int, ...]] = []
-        kept, total = set(), 0
-        for document, text in zip(lesson.documents, texts, strict=True):
-            ids = encoder.token_ids(text)
+        documents, needs = lesson.documents, lesson.asked[0].needs
+        fitting: dict[int, tuple[int, ...]] = {}  # by place
+        total = 0
+        for place in sorted(range(len(texts)), key=lambda place: documents[place].text not in needs):
+            ids = encoder.token_ids(texts[place])
             total += len(ids)
-            if total > chosen.max_tokens and chunk_ids:
+            if total > chosen.max_tokens and fitting:
                 break
-            chunk_ids.append(ids)
-            kept.add(document.text)
+            fitting[place] = ids
+        chunk_ids = [ids for _, ids in sorted(fitting.items())]
+        kept = {documents[place].text for place in fitting}
         asked = [item for item in lesson.asked if item.needs <= kept] or list(lesson.asked[:1])
         prefix_ids, turns = self._turns(asked, system_for(lesson.documents))
         num_links = 0 if causal else chosen.num_links
@@ -90,7 +95,8 @@ class Steps(Dataset[Step]):
         for item in asked:
             prompt = build_prompt(tokenizer, [{"role": "user", "content": item.question}], [], system=system)
             prefix = prompt.prefix_ids
-            turns.append(Turn(prompt.question_ids, (*tokenizer.plain_ids(item.answer), *end)))
+            answer_ids = (*tokenizer.plain_ids(item.answer), *(end if item.is_whole else ()))
+            turns.append(Turn(prompt.question_ids, answer_ids))
         return prefix, turns
 
     def _schedule(self, pools: Sequence[Pool], size: int) -> list[Lesson]:

@@ -53,7 +53,8 @@ def study(
         documents = tuple(Document(item) for item in found)
         for question in questions:
             answer = rag.ask(question, documents=documents, linking="full", max_new_tokens=max_new_tokens)
-            examples.append(Example(question, (answer.text,), documents, frozenset({found.index(text)})))
+            gold, is_whole = frozenset({found.index(text)}), answer.finish_reason != "length"
+            examples.append(Example(question, (answer.text,), documents, gold, is_whole=is_whole))
             progress("questions", len(examples), num_questions)
     if not examples:
         raise BadInput(f"{rag.model.name} makes no question of any of {len(texts)} chunks; train on a question file")
@@ -76,7 +77,7 @@ def _line(example: Example) -> str:
         {"text": document.text, "is_gold": place in example.gold} for place, document in enumerate(example.documents)
     ]
     row = {"question": example.question, "answers": list(example.answers), "documents": documents}
-    return json.dumps(row) + "\n"
+    return json.dumps(row if example.is_whole else {**row, "is_cut": True}) + "\n"
 
 
 def _questions(rag: KVLinkRAG, text: str, wanted: int, *, seed: int) -> list[str]:

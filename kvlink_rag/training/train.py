@@ -65,6 +65,12 @@ def train(
             f"examples without documents in {found}: trainable {settings.trainable!r} learns nothing from them, since "
             f"plain prompts are answered by the untouched model; leave them out, or train 'lora' or 'full'"
         )
+    for name, examples in data.items():
+        if nameless := [number for number, example in enumerate(examples, 1) if not example.answers]:
+            raise BadInput(
+                f"{name}: example {nameless[0]} has no answer to learn along; give one, or let the model ask and "
+                f"answer about your own documents (kvlink train --store, or training.study)"
+            )
     checkpoint = None if start is None else Checkpoint.open(start)
     if checkpoint:
         check_start(checkpoint, settings)

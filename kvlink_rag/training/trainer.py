@@ -94,6 +94,7 @@ def run(
         warmup_steps=int(settings.warmup * settings.steps),
         max_grad_norm=1.0,
         save_strategy="no",  # by the clock instead
+        save_total_limit=2,  # the last, and the one before it until that is whole
         logging_steps=10 if settings.steps >= 100 else 1,
         logging_first_step=True,
         train_sampling_strategy="sequential",
