@@ -7,13 +7,15 @@ STRESS_RUNS ?= 5000
 # where tests keep their files: in memory, where 4 GB are free there; the tests of the store wait for the disk most of their time
 TEST_FOLDER ?= $(shell df -Pk /dev/shm 2>/dev/null | awk '$$6 == "/dev/shm" && $$4 > 4e6 {found = $$6} END {print found ? found : "/tmp"}')
 RIVALS := hugging-face vllm kvboost mellea
+SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # GNU make 4
 INTEGRATIONS := integrations/langchain-kvlink integrations/llama-index-llms-kvlink
 
 .PHONY: install demo test $(INTEGRATIONS:%=test-%) endurance fix check bench rivals docs sabotage stress fuzz load
 
-install: $(VENV)/.installed  ## a virtual environment with everything, CPU build of torch
+install: $(VENV)/.installed  ## a virtual environment with everything; torch first, as the package index has it
 
 $(VENV)/.installed: pyproject.toml Makefile $(INTEGRATIONS:%=%/pyproject.toml)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; say which: make PYTHON=python3.12 ...")'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' $(INTEGRATIONS:%=--editable './%[test]') \
@@ -29,7 +31,7 @@ test endurance: export PYTHONDONTWRITEBYTECODE =  # Python is started some thirt
 test: export OMP_NUM_THREADS = 1
 test: install  ## JOBS processes, each on one thread
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not endurance"
-	$(MAKE) --no-print-directory --jobs $(JOBS) --output-sync=target $(INTEGRATIONS:%=test-%)
+	$(MAKE) --no-print-directory --jobs $(JOBS) $(SYNC) $(INTEGRATIONS:%=test-%)
 
 $(INTEGRATIONS:%=test-%): test-%:
 	cd $* && $(abspath $(BIN))/pytest

@@ -59,7 +59,7 @@ def add(
     adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    max_gib: MaxGib = 20.0,
+    max_gib: MaxGib = None,
     precision: Precision = "model",
     namespace: Namespace = PUBLIC,
     encode: Annotated[str, typer.Option("--encode", help="now or on-first-use.")] = "now",

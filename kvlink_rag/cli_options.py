@@ -33,7 +33,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Linking = Annotated[
     str, typer.Option("--linking", help="auto, link_tokens, full, plain, recompute_first, ...: docs/linkings.md.")
 ]
-MaxGib = Annotated[float, typer.Option("--max-gib", help="Budget of the store in GiB; old KV makes room for new.")]
+MaxGib = Annotated[
+    float | None,
+    typer.Option(
+        "--max-gib",
+        help="Budget of the store in GiB; old KV makes room for new. Default: what it was last given, at first 20.",
+    ),
+]
 Precision = Annotated[str, typer.Option("--precision", help="How KV is stored: model, int8 or int4; int4/32: groups.")]
 Namespace = Annotated[str, typer.Option("--namespace", help="Whose documents; nobody else finds them.")]
 INTEGRITY_KEY = "KVLINK_INTEGRITY_KEY"  # environment variable: 64 hex digits that seal the store's entries
@@ -70,7 +76,7 @@ def linked_model(
 
 @contextmanager
 def loaded(
-    store: Path, model: str, embedder: str, *, must_exist: bool = False, max_gib: float = 20.0, **options: Any
+    store: Path, model: str, embedder: str, *, must_exist: bool = False, max_gib: float | None = None, **options: Any
 ) -> Iterator[KVLinkRAG]:
     """The store with its models, loaded with a note on stderr."""
     if must_exist:
@@ -83,7 +89,8 @@ def loaded(
         from kvlink_rag.rag import KVLinkRAG
 
         quiet_libraries()
-        limits = StoreSettings(max_bytes=max(1, int(max_gib * GIB)), integrity_key=integrity_key())
+        max_bytes = None if max_gib is None else max(1, int(max_gib * GIB))
+        limits = StoreSettings(max_bytes=max_bytes, integrity_key=integrity_key())
         rag = KVLinkRAG.load(model, store, embedder=embedder, limits=limits, **options)
         rag.warm_up()
     with rag:

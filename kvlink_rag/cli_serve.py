@@ -46,7 +46,7 @@ def serve(
     device: Device = "auto",
     linking: Linking = "auto",
     precision: Precision = "model",
-    max_gib: MaxGib = 20.0,
+    max_gib: MaxGib = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer a request may ask for.", min=1)] = 1024,
     max_waiting: Annotated[int, typer.Option(help="Answers that may wait for their turn.", min=0)] = 16,
     request_timeout: Annotated[float, typer.Option(help="Seconds for an answer, waiting included.", min=1)] = 300.0,

@@ -15,7 +15,6 @@ from kvlink_rag.cli_options import (
     Device,
     Dtype,
     Json,
-    MaxGib,
     Model,
     Namespace,
     Precision,
@@ -24,7 +23,7 @@ from kvlink_rag.cli_options import (
     loaded_model,
     must_be_store,
 )
-from kvlink_rag.config import DEFAULT_STORE, GIB, PUBLIC
+from kvlink_rag.config import DEFAULT_STORE, PUBLIC
 from kvlink_rag.console import say
 from kvlink_rag.errors import BadInput, KVLinkError
 
@@ -32,13 +31,13 @@ store_app = typer.Typer(help="Look after a store.", no_args_is_help=True)
 
 
 @store_app.command()
-def stats(store: Store = Path(DEFAULT_STORE), max_gib: MaxGib = 20.0, as_json: Json = False) -> None:
+def stats(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
     """Documents, chunks, entries and bytes of a store, by namespace."""
     from kvlink_rag.index import VectorIndex
     from kvlink_rag.maintenance import stats as stats_of
     from kvlink_rag.store.namespaces import namespace_folders
 
-    with _maintained(store, PUBLIC, max_gib) as (_, entries):
+    with _maintained(store, PUBLIC) as (_, entries):
         rows = {}
         for identifier, folder in namespace_folders(store).items():
             index = VectorIndex(folder)
@@ -107,7 +106,7 @@ def verify(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
 
 
 @contextmanager
-def _maintained(store: Path, namespace: str, max_gib: float = 20.0) -> Iterator[Any]:
+def _maintained(store: Path, namespace: str) -> Iterator[Any]:
     """A namespace's index and the store's entries."""
     must_be_store(store)
     from kvlink_rag.config import StoreSettings
@@ -120,7 +119,7 @@ def _maintained(store: Path, namespace: str, max_gib: float = 20.0) -> Iterator[
     if identifier and not (folder / "namespaces" / identifier).is_dir():
         raise BadInput(f"there is no namespace {namespace!r} in {store}; see: kvlink store stats --store {store}")
     index = VectorIndex(namespace_folder(folder, namespace))
-    entries = open_entries(folder, StoreSettings(max_bytes=max(1, int(max_gib * GIB)), integrity_key=integrity_key()))
+    entries = open_entries(folder, StoreSettings(integrity_key=integrity_key()))
     try:
         yield index, entries
     finally:

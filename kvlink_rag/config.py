@@ -13,6 +13,7 @@ UNTRAINED = "untrained"  # in place of a link checkpoint: none, not even the one
 AUTO = "auto"  # in place of a linking: link_tokens where trained ones are at hand, else one that needs no training
 DEFAULT_K = 3  # chunks to retrieve; a small model loses its way in more
 GIB = 2**30
+DEFAULT_MAX_BYTES = 20 * GIB  # of a store's entries together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +55,21 @@ class ChunkSettings:
 class StoreSettings:
     """Limits of a store on disk, and what its entries are sealed with.
 
-    max_bytes: budget of all entries; the least recently used ones make room for new ones. max_memory_bytes: budget of
-    verified KV kept in memory; 0 keeps none. ttl_s: entries older than so many seconds are encoded anew. integrity_key:
+    max_bytes: budget of all entries; the least recently used ones make room for new ones. A store remembers the one it
+    was last given; None: that one, at first DEFAULT_MAX_BYTES. max_memory_bytes: budget of verified KV kept in memory;
+    0 keeps none. ttl_s: entries older than so many seconds are encoded anew. integrity_key:
     32 bytes; with it nobody who can write the store, but does not know the key, can make an entry that is believed.
     """
 
-    max_bytes: int = 20 * GIB
+    max_bytes: int | None = None
     max_document_bytes: int = 20 * 2**20
     max_memory_bytes: int = GIB // 4
     ttl_s: float | None = None
     integrity_key: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.max_bytes < 1 or self.max_document_bytes < 1 or self.max_memory_bytes < 0:
+        limits = (1 if self.max_bytes is None else self.max_bytes, self.max_document_bytes)
+        if min(limits) < 1 or self.max_memory_bytes < 0:
             raise BadInput("max_bytes and max_document_bytes must be positive, max_memory_bytes not negative")
         if self.ttl_s is not None and not self.ttl_s > 0:
             raise BadInput(f"ttl_s must be positive, or None for no end; got {self.ttl_s}")

@@ -45,7 +45,9 @@ class MissingExtra(KVLinkError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, ability: str, extra: str):
-        super().__init__(f"{ability} needs an optional package: pip install 'kvlink-rag[{extra}]'")
+        super().__init__(
+            f"{ability} needs an optional package: pip install 'kvlink-rag[{extra}]', or '.[{extra}]' in a checkout"
+        )
 
 
 class CheckpointMismatch(KVLinkError):

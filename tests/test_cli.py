@@ -249,7 +249,11 @@ def test_help_is_there_for_every_command(kvlink):
 
 def test_check_fails_with_its_own_exit_code(kvlink, tmp_path):
     """A tiny random model passes no check; the figures are printed all the same."""
-    few = ["--questions", 2, "--repeats", 1, "--contexts", "1200,1400", "--model", tiny_folder(tmp_path)]
+    documents = [{"text": f"Boat {number} leaves at {number}."} for number in range(1, 5)]
+    rows = [{"question": f"When does boat {n} leave?", "answers": [f"at {n}"], "documents": documents} for n in (1, 3)]
+    (tmp_path / "boats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    few = ["--data", tmp_path / "boats.jsonl", "--repeats", 1, "--contexts", "1200,1400"]
+    few += ["--model", tiny_folder(tmp_path)]
     code, out, err = kvlink("check", "--linking", "fixed_positions", *few, "--json")
     found = json.loads(out)
     assert code == 3 and not found["safe"] and "fixed_positions differs too much" in err

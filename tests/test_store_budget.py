@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import random
 import signal
@@ -15,8 +17,10 @@ from conftest import ROOT
 from store_kill_loop import entry_of as big_entry_of
 from store_parts import entry_files, entry_of, identity_of, key_of
 
-from kvlink_rag.errors import StoreFull
+from kvlink_rag.config import DEFAULT_MAX_BYTES, GIB, StoreSettings
+from kvlink_rag.errors import NotAStore, StoreFull
 from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.store.folder import open_entries, open_folder
 
 
 def test_the_least_recently_used_entries_make_room(tmp_path):
@@ -261,3 +265,38 @@ def test_many_writers_some_of_them_killed_never_hold_more_than_the_budget(quick_
     store = DiskStore(folder, max_bytes=6 * one)
     assert bytes_in(folder) == store.size_bytes() and store.verify()[1] == []
     store.close()
+
+
+def test_a_store_keeps_to_the_budget_it_was_last_given(tmp_path):
+    """Whoever opens it without one, as a question does, evicts nothing that a larger budget had room for."""
+    folder = open_folder(tmp_path / "store")
+
+    def budget(max_bytes=None):
+        entries = open_entries(folder, StoreSettings(max_bytes=max_bytes))
+        entries.close()
+        return entries.max_bytes
+
+    assert budget() == DEFAULT_MAX_BYTES
+    assert budget(60 * GIB) == budget() == 60 * GIB
+    assert budget(GIB) == budget() == GIB
+    assert open_folder(folder) == folder
+
+
+def test_a_budget_that_cannot_be_remembered_holds_all_the_same(tmp_path, monkeypatch, caplog):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = open_folder(tmp_path / "store")
+    monkeypatch.setattr("kvlink_rag.store.folder.publish", full)
+    entries = open_entries(folder, StoreSettings(max_bytes=GIB))
+    entries.close()
+    assert entries.max_bytes == GIB and "is not remembered: No space left" in caplog.text
+
+
+@pytest.mark.parametrize("budget", ["20", 0, -1, 1.5, True, None])
+def test_a_budget_that_is_none_is_refused(tmp_path, budget):
+    folder = open_folder(tmp_path / "store")
+    about = json.loads((folder / "store.json").read_text("utf-8"))
+    (folder / "store.json").write_text(json.dumps({**about, "max_bytes": budget}), "utf-8")
+    with pytest.raises(NotAStore, match="has a budget of"):
+        open_folder(folder)

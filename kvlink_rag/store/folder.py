@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
-from kvlink_rag.config import StoreSettings
+from kvlink_rag.config import DEFAULT_MAX_BYTES, StoreSettings
 from kvlink_rag.errors import NotAStore
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kvdisk import publish
@@ -16,6 +18,7 @@ from kvlink_rag.store.place import Place
 
 MANIFEST = "store.json"
 FORMAT = 1
+log = logging.getLogger(__name__)
 
 
 def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
@@ -31,12 +34,7 @@ def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
         Place(path, MANIFEST, SECRET, "namespaces.lock")
     manifest = path / MANIFEST
     if manifest.exists():
-        try:
-            about = json.loads(manifest.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise NotAStore(f"{manifest} cannot be read: {error}") from error
-        if not isinstance(about, dict) or about.get("kvlink_store") != FORMAT:
-            raise NotAStore(f"{path} is a store of another version, or none of ours; choose another folder")
+        about = _manifest(path)
         if about.get("integrity_key", "") != about_new["integrity_key"]:
             given = "another was given" if integrity_key else "none was given"
             raise NotAStore(
@@ -56,8 +54,31 @@ def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
 
 
 def open_entries(folder: Path, limits: StoreSettings) -> DiskStore:
-    """The entries of a store's folder, within its limits."""
-    return DiskStore(folder / "kv", max_bytes=limits.max_bytes, ttl_s=limits.ttl_s, integrity_key=limits.integrity_key)
+    """The entries of a store's folder, within its limits. A budget that is given is the store's from now on."""
+    about = _manifest(folder)
+    known = about.get("max_bytes", DEFAULT_MAX_BYTES)
+    max_bytes = known if limits.max_bytes is None else limits.max_bytes
+    if max_bytes != known:
+        try:
+            publish(folder / MANIFEST, json.dumps({**about, "max_bytes": max_bytes}).encode())
+        except OSError as error:  # a full disk can still be read and deleted from
+            log.warning("the budget of %s is not remembered: %s", folder, error.strerror)
+    return DiskStore(folder / "kv", max_bytes=max_bytes, ttl_s=limits.ttl_s, integrity_key=limits.integrity_key)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a store's folder says of itself. Raises NotAStore."""
+    manifest = path / MANIFEST
+    try:
+        about = json.loads(manifest.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise NotAStore(f"{manifest} cannot be read: {error}") from error
+    if not isinstance(about, dict) or about.get("kvlink_store") != FORMAT:
+        raise NotAStore(f"{path} is a store of another version, or none of ours; choose another folder")
+    budget = about.get("max_bytes", DEFAULT_MAX_BYTES)
+    if type(budget) is not int or budget < 1:
+        raise NotAStore(f"{manifest} has a budget of {budget!r} bytes; take max_bytes out of it, or give a number")
+    return about
 
 
 def _key_id(integrity_key: bytes | None) -> str:
