@@ -1,7 +1,7 @@
 """`kvlink serve` on the clock, with the default model: `python tests/measure_server.py [REPEATS]` (`make load`).
 
-Shown: tokens a second of one stream and of eight at once, interleaved; and how long after a client has left a full
-server its place is free, as /metrics says it, both while its answer streams and before its first token.
+Shown: tokens a second of one stream, of two and of eight at once, interleaved; and how long after a client has left a
+full server its place is free, as /metrics says it, both while its answer streams and before its first token.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from serving import wait_until_ready
 CORPUS = Path(__file__).parent.parent / "examples" / "corpus"
 MAX_TOKENS = 64  # of an answer on the clock
 PLACES = 4 + 4  # under way and waiting
+STREAMS = (1, 2, 8)
 LEAVERS = 10
 MODEL = "smollm2-135m-instruct"
 PORT = 8766
 
 
 def body(number: int, **more) -> dict:
-    """A question to the store. At this temperature no answer ends before its limit; the seed makes it repeatable."""
+    """A question to the store. At this temperature few answers end before their limit; the seed makes it repeatable."""
     messages = [{"role": "user", "content": f"What happened on Marrow in the year {1900 + number}?"}]
     options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 2, "seed": number}
     return {"model": MODEL, "messages": messages, "max_tokens": MAX_TOKENS, **options, **more}
@@ -41,9 +42,20 @@ async def tokens_of(client: httpx.AsyncClient, number: int) -> int:
     return int(re.search(r'"completion_tokens":(\d+)', lines[-2])[1])
 
 
-async def throughput(client: httpx.AsyncClient, num_streams: int) -> float:
+async def long_answers(client: httpx.AsyncClient, count: int) -> list[int]:
+    """Numbers of questions whose answers do not end before their limit."""
+    found: list[int] = []
+    for number in range(10 * count):
+        if await tokens_of(client, number) == MAX_TOKENS:
+            found.append(number)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"of {10 * count} answers fewer than {count} have {MAX_TOKENS} tokens")
+
+
+async def throughput(client: httpx.AsyncClient, numbers: list[int]) -> float:
     started = time.perf_counter()
-    tokens = await asyncio.gather(*(tokens_of(client, number) for number in range(num_streams)))
+    tokens = await asyncio.gather(*(tokens_of(client, number) for number in numbers))
     return sum(tokens) / (time.perf_counter() - started)
 
 
@@ -84,13 +96,15 @@ async def leave(client: httpx.AsyncClient, *, is_streaming: bool) -> float:
 async def measure(url: str, repeats: int) -> bool:
     limits = httpx.Limits(max_connections=100)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        await throughput(client, 8)  # warm up
-        one, eight = [], []
+        numbers = await long_answers(client, max(STREAMS))
+        await throughput(client, numbers)  # warm up
+        rates: dict[int, list[float]] = {num_streams: [] for num_streams in STREAMS}
         for _ in range(repeats):
-            one.append(await throughput(client, 1))
-            eight.append(await throughput(client, 8))
-        print(f"one stream {statistics.median(one):.1f} tokens/s ({min(one):.1f} to {max(one):.1f})")
-        print(f"eight streams {statistics.median(eight):.1f} tokens/s ({min(eight):.1f} to {max(eight):.1f})")
+            for num_streams, found in rates.items():
+                found.append(await throughput(client, numbers[:num_streams]))
+        for num_streams, found in rates.items():
+            print(f"streams: {num_streams}, tokens/s together: {statistics.median(found):.1f} ", end="")
+            print(f"({min(found):.1f} to {max(found):.1f})")
         worst = 0.0
         for is_streaming, when in ((True, "while its answer streamed"), (False, "before its first token")):
             times = [await leave(client, is_streaming=is_streaming) for _ in range(LEAVERS)]
