@@ -15,6 +15,7 @@ from torch import Tensor
 from kvlink_rag import products
 from kvlink_rag.errors import CheckpointMismatch
 
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Settings of PEFT's LoRA that may be set where a weight's share is alpha / r * B @ A and nothing else changes.
 _PLAIN = frozenset(
@@ -29,6 +30,8 @@ def merge(hf: Any, adapter: Path) -> Any:
     """`hf`, whose weights must be float32, with any PEFT adapter in it. Raises CheckpointMismatch."""
     from peft import PeftModel
 
+    if not (adapter / WEIGHTS).is_file():  # PEFT would take a pickle instead, which no digest names
+        raise CheckpointMismatch(f"{adapter} is no readable adapter: it holds no {WEIGHTS}; save it in that form")
     try:
         with warnings.catch_warnings():  # peft asks transformers for a property that is being renamed
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -84,7 +87,7 @@ def _plain_lora(adapter: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]
         settings = {name: value for name, value in config.items() if value and name not in _PLAIN}
         if settings != _PLAIN_VALUES:
             return None
-        tensors = load_safetensors((adapter / "adapter_model.safetensors").read_bytes())
+        tensors = load_safetensors((adapter / WEIGHTS).read_bytes())
         names = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors}
         factors = {
             f"{name}.weight": (

@@ -28,7 +28,7 @@ class AskOptions(TypedDict, total=False):
     max_new_tokens: int
     temperature: float
     top_p: float
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     seed: int | None
 
 
@@ -51,15 +51,16 @@ class Asking:
         """The question with everything the caller said, checked; linking by name. Raises BadInput, TypeError."""
         if unknown := sorted(set(options) - AskOptions.__annotations__.keys()):
             raise TypeError(f"unknown options {', '.join(unknown)}; known are {', '.join(AskOptions.__annotations__)}")
+        stop = options.get("stop") or ()
         settings = GenerationSettings(
             max_new_tokens=options.get("max_new_tokens", GenerationSettings.max_new_tokens),
             temperature=options.get("temperature", GenerationSettings.temperature),
             top_p=options.get("top_p", GenerationSettings.top_p),
-            stop=tuple(options.get("stop") or ()),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
             seed=options.get("seed"),
         )
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-        given = [as_hit(item) for item in options.get("documents") or ()]
+        given = [as_hit(item) for item in _several(options.get("documents"))]
         in_place: list[Hit] = []
         match = options.get("match_documents", False)
         laid_out = [{**message, "content": self._pieces(message, in_place, match)} for message in messages]
@@ -107,6 +108,13 @@ class Asking:
         if not match or has_documents or on_unmatched == "ignore" or not self._index.counts()[1]:
             return
         say_unmatched(on_unmatched)
+
+
+def _several(documents: Any) -> Sequence[str | Document | Hit]:
+    """The documents of a question; one alone is refused, since a text is a sequence too: of letters."""
+    if isinstance(documents, str | Document | Hit):
+        raise BadInput(f"documents must be a list, got one {type(documents).__name__}: put it into a list")
+    return documents or ()
 
 
 def _words(content: Any) -> str:

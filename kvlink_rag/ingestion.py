@@ -114,7 +114,8 @@ class Ingestion:
                 skipped.append(Skipped(chunk_id, problem))
                 continue
             vector = np.asarray(vectors.get(chunk_id, ()), dtype=np.float32)
-            digest = self._digest(document, f"one chunk {vector.tobytes().hex()}")
+            how = f"one chunk {vector.tobytes().hex()}"
+            digest = self._digest(document, how, self._encoder.model.tokenizer.digest)
             chunk = Chunk(chunk_text(text, None), chunk_id, 0, document.metadata)
             work = self._prepare_one(document, chunk_id, digest, partial(list, (chunk,)))
             if problem := self._beyond_window(work):
@@ -166,6 +167,7 @@ class Ingestion:
             seconds=round(seconds, 4),
             tokens_per_s=round(plan.tokens_to_encode / seconds, 1) if seconds else 0.0,
             skipped=tuple(map(str, skipped)),
+            ids=tuple(work.id for work in works),
         )
 
     def _prepare(self, sources: Iterable[str | Path | Document], report: Progress) -> tuple[list[_Work], list[Skipped]]:
@@ -179,13 +181,15 @@ class Ingestion:
             if problem := self._problem(item):
                 skipped.append(Skipped(item.id or "a document without id", problem))
                 continue
-            digest = self._digest(item, repr(self._chunking))
-            document_id = item.id or f"text-{digest[:16]}"
+            digest = self._digest(item, repr(self._chunking), self._encoder.model.tokenizer.digest)
+            document_id = item.id or self._id_of_text(item, digest)
             cut = partial(split, item, document_id, self._count, self._chunking)
             work = self._prepare_one(item, document_id, digest, cut)
             if problem := self._beyond_window(work):
                 skipped.append(Skipped(document_id, problem))
                 continue
+            if document_id in works and works[document_id].digest != digest:
+                skipped.append(Skipped(document_id, "another document of this id came after it; give each its own"))
             works[document_id] = work
             report("reading", number, 0)
         return list(works.values()), skipped
@@ -307,21 +311,19 @@ class Ingestion:
             self._counts[text] = max(self._encoder.model.tokenizer.count(text), int(embedder_count))
         return self._counts[text]
 
-    def _digest(self, document: Document, cut: str) -> str:
-        """Digest of all that decides a document's chunks; `cut` says how it is cut."""
+    def _id_of_text(self, document: Document, digest: str) -> str:
+        """The id of a document that came without one: of its content, however it is cut."""
+        before = f"text-{digest[:16]}"  # what stores of earlier versions call it
+        return before if self._index.document_digest(before) else f"text-{self._digest(document)[:16]}"
+
+    def _digest(self, document: Document, *how: str) -> str:
+        """Digest of a document's content, and of how it is cut into chunks."""
         try:
             metadata = json.dumps(dict(document.metadata), sort_keys=True)
         except (TypeError, ValueError) as error:
             raise BadInput(f"metadata of {document.id!r} is not plain JSON: {error}") from error
-        parts = [
-            document.text,
-            document.title or "",
-            metadata,
-            cut,
-            self._encoder.model.tokenizer.digest,
-        ]
         digest = hashlib.sha256()
-        for part in parts:
+        for part in (document.text, document.title or "", metadata, *how):
             data = part.encode()
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()

@@ -167,7 +167,6 @@ def _read_html(data: bytes) -> tuple[str | None, str]:
 def _read_pdf(data: bytes) -> tuple[str | None, str]:
     try:
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
     except ImportError:
         raise MissingExtra("reading .pdf", "documents") from None
     try:
@@ -176,7 +175,9 @@ def _read_pdf(data: bytes) -> tuple[str | None, str]:
             raise BadDocument("an encrypted PDF; save it without a password first")
         title = reader.metadata.title if reader.metadata else None
         return title if isinstance(title, str) else None, "\n\n".join(page.extract_text() for page in reader.pages)
-    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except BadDocument:
+        raise
+    except Exception as error:  # pypdf raises many kinds, some no kin of its own
         raise BadDocument(f"not a PDF that can be read: {error}") from error
 
 

@@ -133,7 +133,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class AddReport:
-    """What `add` did. `bytes` are those written to the KV store by this call."""
+    """What `add` did. bytes: written to the KV store by this call; ids: of the documents, in order."""
 
     documents: int
     chunks: int
@@ -145,6 +145,7 @@ class AddReport:
     seconds: float
     tokens_per_s: float
     skipped: tuple[str, ...] = ()  # one line per skipped file: path and reason
+    ids: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The form `kvlink add --json` prints."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import build_hf
+from tiny_models import build_hf, byte_tokenizer
 
-from kvlink_rag import adapters, products
-from kvlink_rag.errors import CheckpointMismatch
+from kvlink_rag import LanguageModel, adapters, products
+from kvlink_rag.errors import BadInput, CheckpointMismatch, UnsupportedModel
 
 
 @pytest.fixture
@@ -82,6 +82,31 @@ def test_an_adapter_that_is_more_than_a_plain_sum_is_merged_by_peft(more, adapte
     before = dict(build_hf("llama").named_parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in base.named_parameters())
     assert reader.get_input_embeddings().weight.data_ptr() == base.get_input_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=str)
+def test_an_adapter_kept_as_a_pickle_is_refused(more, adapter):
+    """PEFT would load it, and no digest would name it: two of them would share stored KV."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+    folder = adapter(config=lora)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    for load in (adapters.merge, adapters.reader_of):
+        with pytest.raises(CheckpointMismatch, match=r"adapter_model\.safetensors"):
+            load(build_hf("llama"), folder)
+
+
+def test_an_adapter_within_the_models_own_folder_is_refused(adapter, tmp_path):
+    """transformers would apply it unasked, and its settings are in no digest of the model's weights."""
+    folder = adapter()
+    build_hf("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(BadInput, match="holds an adapter beside the model"):
+        LanguageModel.load(folder, dtype="float32")
+    applied = build_hf("llama")
+    applied.load_adapter(str(folder))
+    with pytest.raises(UnsupportedModel, match="an adapter is loaded into this model"):
+        LanguageModel(applied, byte_tokenizer())
 
 
 def test_an_adapter_of_another_model_or_none_is_refused(adapter, tmp_path):

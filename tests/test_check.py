@@ -161,6 +161,20 @@ def test_a_context_that_cannot_be_timed_is_refused_before_the_questions(tiny):
     assert not stages
 
 
+def test_what_is_timed_is_read_from_disk_and_verified(tiny, monkeypatch):
+    """Held in memory, loading would look cheaper than it is at the first question."""
+    timed = []
+
+    def watched(rag, *rest):
+        timed.append((median_ttfts(rag, *rest), rag.stats()))
+        return timed[-1][0]
+
+    monkeypatch.setattr(checking, "median_ttfts", watched)
+    checking.check(tiny, LinkTokens.untrained(tiny), short_questions(1), ["plain"], lengths=[900], repeats=1)
+    ((_, stats),) = timed
+    assert stats["hits"] >= 10 and stats["memory_hits"] == 0
+
+
 def test_fewer_bits_at_rest_are_what_is_checked(tiny):
     def found(precision):
         return checking.check(

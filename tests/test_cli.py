@@ -147,7 +147,7 @@ def test_ctrl_c_in_the_middle_of_add_loses_nothing(kvlink, tmp_path):
     report = json.loads(out)
     assert report.keys() >= {
         "documents", "chunks", "tokens", "encoded_chunks", "reused_chunks", "skipped_files", "bytes", "seconds",
-        "tokens_per_s",
+        "tokens_per_s", "ids",
     }  # fmt: skip
     assert "MiB" in err  # what it will cost is said first
     assert code == 0 and 0 < report["encoded_chunks"] <= report["chunks"] - 3

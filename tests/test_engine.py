@@ -58,6 +58,13 @@ def test_documents_are_found_by_their_metadata(engine):
     assert engine.index.ids_where("other", "x") == []
 
 
+def test_a_number_that_json_does_not_know_in_one_metadata_hides_no_document(engine):
+    """NaN is what an empty cell of a table becomes; SQLite takes it for malformed JSON."""
+    engine.add_chunks(TWO, metadata={"a": {"ref": "x", "price": float("nan")}, "b": {"ref": "x"}})
+    assert engine.index.ids_where("ref", "x") == ["a", "b"]
+    assert engine.index.ids_where("ref", "y") == []
+
+
 def test_what_holds_no_text_is_skipped_and_named(engine):
     report = engine.add_chunks({"a": LIGHTHOUSE, "empty": "  "})
     assert report.documents == 1
@@ -121,6 +128,23 @@ def test_chunks_in_place_are_never_left_out(engine):
 def test_prefetched_chunks_are_stored_when_the_question_comes(engine):
     engine.prefetch([LIGHTHOUSE])
     assert engine.ask("when?", documents=[LIGHTHOUSE], max_new_tokens=1).sources[0].reused
+
+
+def test_one_stop_string_is_one_and_not_its_letters(engine):
+    whole = engine.ask("why?", max_new_tokens=12, temperature=0.0).text
+    assert engine.ask("why?", max_new_tokens=12, stop=f"{whole[0]}|no such text|").text == whole
+
+
+@pytest.mark.parametrize("given", ["TheFerryLeaves", Document(FERRY)])
+def test_one_document_where_a_list_belongs_is_refused(engine, given):
+    with pytest.raises(BadInput, match="documents must be a list"):
+        engine.ask("why?", documents=given)
+
+
+def test_no_system_message_may_be_said_beside_one(engine):
+    """system="" is what a framework says whose prompts are finished."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why?"}]
+    assert engine.ask(messages, system="", max_new_tokens=4).text == engine.ask(messages, max_new_tokens=4).text
 
 
 def test_unknown_options_are_named(engine):

@@ -201,6 +201,26 @@ def test_a_run_does_not_go_on_from_answers_that_were_made_otherwise(tiny, with_r
     assert len(run(tiny, "more", max_new_tokens=3)) == 2 * len(rows)
 
 
+def test_an_arm_of_another_name_answers_the_same_questions_in_the_same_way(tiny, tmp_path):
+    """Arms are held against each other by the number of a question in a file of that name."""
+
+    def run(label, examples=EXAMPLES, max_new_tokens=2, model=tiny):
+        found = AnswerRun([arm_of(model, label)], tmp_path, max_new_tokens=max_new_tokens)
+        found.run({"data": examples}, ["plain"], lambda stage, done, total: None)
+        return found.rows
+
+    run("one")
+    halved = LanguageModel(build("llama").hf.to(torch.bfloat16), byte_tokenizer())
+    for other, said in (
+        (lambda: run("two", EXAMPLES[::-1]), "number 0, with asked "),
+        (lambda: run("two", max_new_tokens=3), "with at_most 2; of this run it would be 3"),
+        (lambda: run("two", model=halved), "with made_by float32, .* would be bfloat16"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            other()
+    assert len(run("two")) == 2 * len(EXAMPLES)
+
+
 def test_rows_that_two_runs_made_are_counted_once(tiny, tmp_path):
     first, second = (AnswerRun([arm_of(tiny)], tmp_path, max_new_tokens=2) for _ in range(2))
     for run in (first, second):

@@ -228,6 +228,15 @@ def test_a_damaged_pdf_never_raises_anything_but_bad_document(tmp_path, caplog):
             read_file(path, LIMIT)
 
 
+def test_a_pdf_whose_packing_is_unknown_is_skipped_and_the_others_are_read(tmp_path, caplog):
+    """pypdf says this with an exception that is none of its own."""
+    caplog.set_level(logging.CRITICAL)
+    (tmp_path / "a.pdf").write_bytes(pdf_of("The mill").replace(b"/Length", b"/Filter /NoSuchDecode /Length", 1))
+    (tmp_path / "zebra.txt").write_text("good")
+    assert "not a PDF that can be read" in skipped_of(tmp_path)["a.pdf"]
+    assert documents_of(tmp_path)[-1].text == "good"
+
+
 @pytest.mark.parametrize(
     "text", ["https://example.com/a", "notes.html", "<?xml version='1.0'?><html><p>words</p></html>"]
 )

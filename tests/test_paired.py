@@ -21,6 +21,13 @@ def test_only_questions_that_both_answered_count():
     assert row["questions"] == 2 and row["accuracy"][0] == 0.5 and "nll" not in row
 
 
+def test_questions_of_one_number_in_two_files_of_one_name_are_no_pair():
+    rows = [*rows_of("full", {0: 1.0, 1: 1.0}), *rows_of("plain", {0: 0.0, 1: 0.0})]
+    asked = [{**row, "asked": row["linking"] if row["number"] else "the same"} for row in rows]
+    (row,) = differences(asked)
+    assert row["questions"] == 1
+
+
 def test_sets_weigh_alike_and_the_multi_hop_sets_stand_apart():
     rows = []
     for name, first in (

@@ -57,6 +57,23 @@ def test_re_adding_unchanged_documents_encodes_nothing(rag):
     assert (second.encoded_chunks, second.reused_chunks, second.bytes) == (0, 3, 0)
 
 
+def test_a_text_without_an_id_is_one_document_however_it_is_cut(open_rag):
+    """Its id is of its content: cut anew, it is an update and no second document."""
+    text = "The lighthouse was lit in 1874. " * 30
+    rag = open_rag(chunking=ChunkSettings(max_tokens=200))
+    (first,) = rag.add(text).ids
+    rag.close()
+    again = open_rag(chunking=ChunkSettings(max_tokens=300))
+    assert again.add(text).ids == (first,) == tuple(again.document_ids())
+
+
+def test_two_documents_of_one_id_are_not_taken_for_one_in_silence(rag):
+    report = rag.add([DOCUMENTS[0], Document("Another text.", id="lighthouse"), *DOCUMENTS[1:], DOCUMENTS[1]])
+    assert report.ids == ("lighthouse", "bakery", "tram")
+    assert len(report.skipped) == 1 and report.skipped[0].startswith("lighthouse: another document of this id")
+    assert rag.index.chunks_of("lighthouse")[0].chunk.text == "Another text."
+
+
 def test_an_update_drops_the_old_chunks_and_their_kv(rag):
     rag.add(DOCUMENTS)
     rag.add(Document("The lighthouse is dark since 1990.", id="lighthouse"))

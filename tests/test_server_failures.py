@@ -78,6 +78,21 @@ def test_an_upload_that_breaks_says_so_and_the_next_one_is_read(server, client, 
     assert ingest(client, json={"documents": [{"text": "The mole is long."}]})["status"] == "done"
 
 
+def test_an_upload_names_what_it_added_also_texts_without_a_name(client):
+    job = ingest(client, json={"documents": [{"text": "The mole is long."}, {"text": "The weir is short.", "id": "w"}]})
+    assert len(job["documents"]) == 2 and job["documents"][1] == "w"
+    for document_id in job["documents"]:
+        assert client.delete(f"/v1/documents/{document_id}").status_code == 200
+
+
+def test_of_two_files_of_one_name_the_one_that_gave_way_is_named(client):
+    files = [("files", (f"{folder}/README.md", f"The {folder} has a readme.".encode())) for folder in ("mill", "weir")]
+    job = ingest(client, files=files)
+    assert job["status"] == "done" and job["documents"] == ["README.md"]
+    assert len(job["skipped"]) == 1 and "README.md: another document" in job["skipped"][0]
+    assert client.get("/v1/documents/README.md").json()["texts"] == ["README\nThe weir has a readme."]
+
+
 def test_a_server_about_to_end_takes_nothing_new(server, client):
     server.services.is_draining = True
     for path, body in (

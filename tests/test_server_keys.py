@@ -44,3 +44,10 @@ def test_keys_are_read_with_comments_and_namespaces(tmp_path):
     assert keys.namespace("a-key-of-team-one") is keys.namespace("") is None
     with pytest.raises(BadInput, match="cannot be read"):
         Keys.read(tmp_path / "none")
+
+
+def test_a_key_that_holds_the_sign_of_comments_is_taken_whole(tmp_path):
+    (tmp_path / "keys").write_text("Zk3vQ9x!pL7w2Rt8#mN5bYc1 one #two\n")
+    keys = Keys.read(tmp_path / "keys")
+    assert keys.namespace("Bearer Zk3vQ9x!pL7w2Rt8#mN5bYc1") == "one"
+    assert keys.namespace("Bearer Zk3vQ9x!pL7w2Rt8") is None

@@ -92,8 +92,7 @@ class AnswerRun:
         for name, examples in data.items():
             if nameless := [number for number, example in enumerate(examples, 1) if not example.answers]:
                 raise BadInput(f"{name}: example {nameless[0]} has no accepted answer to hold others against")
-        for arm in self._arms:
-            self._refuse_others(arm, data)
+        self._refuse_others(data)
         done = {(row["data"], row["number"], row["links"], row["linking"]) for row in self.rows}
         order = sorted((number, name) for name, examples in data.items() for number in range(len(examples)))
         at_once = max(arm.decoder.width for arm in self._arms)
@@ -116,21 +115,24 @@ class AnswerRun:
             progress("examples", start + len(some), len(order))
         self.rows = read_rows(self._path)  # with those of runs beside this one
 
-    def _refuse_others(self, arm: Arm, data: Mapping[str, Sequence[Example]]) -> None:
-        """A table must not mix bfloat16 with float32, two checkpoints or two data files of one name, or lengths."""
-        now = {"made_by": arm.made_by, "at_most": self._settings.max_new_tokens, "asked": ""}
+    def _refuse_others(self, data: Mapping[str, Sequence[Example]]) -> None:
+        """A table must not mix bfloat16 with float32, two data files of one name, or lengths; nor, under one label, two
+        checkpoints."""
+        made_by = {arm.label: arm.made_by for arm in self._arms}
         asked = {name: [asked_digest(example) for example in examples] for name, examples in data.items()}
+        dtype = _dtype_of(self._arms[0].made_by)
         for row in self.rows:
-            if row["links"] != arm.label:
-                continue
-            examples = asked.get(row["data"], [])
-            told = ["made_by"] + ["at_most"] * (row["data"] in data) + ["asked"] * (row["number"] < len(examples))
-            now["asked"] = examples[row["number"]] if "asked" in told else ""
-            for name in told:
-                if row.get(name) != now[name]:
+            then = str(row.get("made_by"))
+            now: Row = {"made_by": made_by.get(row["links"], then if _dtype_of(then) == dtype else dtype)}
+            if row["data"] in data:
+                now["at_most"] = self._settings.max_new_tokens
+            if row["number"] < len(examples := asked.get(row["data"], [])):
+                now["asked"] = examples[row["number"]]
+            for name, value in now.items():
+                if row.get(name) != value:
                     raise BadInput(
-                        f"{self._path} holds an answer of {arm.label} to {row['data']}, number {row['number']}, with "
-                        f"{name} {row.get(name)}; of this run it would be {now[name]}. Give another folder, or what "
+                        f"{self._path} holds an answer of {row['links']} to {row['data']}, number {row['number']}, "
+                        f"with {name} {row.get(name)}; of this run it would be {value}. Give another folder, or what "
                         f"was given then"
                     )
 
@@ -253,6 +255,10 @@ class _Asked:
         if self._kvs is None:
             self._kvs = forcing.at_rest(self.read.encoded)
         return self._kvs
+
+
+def _dtype_of(made_by: str) -> str:
+    return made_by.split(",")[0]
 
 
 def _scores(example: Example, text: str) -> Row:

@@ -19,7 +19,7 @@ from kvlink_rag.errors import BadInput
 from kvlink_rag.evaluation.agreement import NUM_TOKENS, Closeness, compare
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
 from kvlink_rag.evaluation.scores import interval
-from kvlink_rag.evaluation.ttft import median_ttfts, words_per_chunk
+from kvlink_rag.evaluation.ttft import FROM_DISK, median_ttfts, words_per_chunk
 from kvlink_rag.generation import predict
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
@@ -231,7 +231,7 @@ def _clocks(
     for number, length in enumerate(lengths):
         with (
             tempfile.TemporaryDirectory(prefix="kvlink-check-") as folder,
-            KVLinkRAG(model, embedder, folder, links=links, precision=precision) as rag,
+            KVLinkRAG(model, embedder, folder, links=links, precision=precision, limits=FROM_DISK) as rag,
         ):
             report = partial(_report, progress, number * (repeats + 1), total)
             rows.append(median_ttfts(rag, linkings, length, repeats, report))

@@ -21,7 +21,8 @@ def differences(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The first arm minus the second, for every pair of arms, over the questions that both answered.
 
     A row per pair and data set, then one over the multi-hop sets and one over all: the mean of the sets' means. Each
-    metric is a triple: mean and 95 % interval, a bootstrap of the questions within their sets.
+    metric is a triple: mean and 95 % interval, a bootstrap of the questions within their sets. Rows that name other
+    questions under one number are no pair.
     """
     arms = list(dict.fromkeys((row["links"], row["linking"]) for row in rows))
     by_arm = {
@@ -30,7 +31,11 @@ def differences(rows: Sequence[Row]) -> list[dict[str, Any]]:
     }
     found = []
     for one, other in combinations(arms, 2):
-        common = [place for place in by_arm[one] if place in by_arm[other]]
+        common = [
+            place
+            for place, row in by_arm[one].items()
+            if place in by_arm[other] and row.get("asked") == by_arm[other][place].get("asked")
+        ]
         names = list(dict.fromkeys(name for name, _ in common))
         pairs = {
             name: [(by_arm[one][place], by_arm[other][place]) for place in common if place[0] == name] for name in names

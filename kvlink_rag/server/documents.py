@@ -139,14 +139,14 @@ def _about(document_id: str, chunks: list[IndexedChunk]) -> dict[str, Any]:
 
 
 @router.get("/v1/jobs")
-def list_jobs(request: Request) -> dict[str, Any]:
+async def list_jobs(request: Request) -> dict[str, Any]:
     """Uploads of this namespace, the newest first."""
     jobs = services_of(request).ingestions.of(namespace_of(request))
     return {"object": "list", "data": [job.to_json() for job in jobs]}
 
 
 @router.get("/v1/jobs/{job_id}")
-def get_job(request: Request, job_id: str) -> dict[str, Any]:
+async def get_job(request: Request, job_id: str) -> dict[str, Any]:
     """How far an upload is."""
     for job in services_of(request).ingestions.of(namespace_of(request)):
         if job.id == job_id:

@@ -110,9 +110,9 @@ class Ingestions:
         assert job.read is not None
         progress("reading", 0, 0)
         documents, job.skipped = job.read()
-        job.documents = [document.id for document in documents if document.id]
         if not documents:
             raise NothingToAdd("no file gave a document: " + "; ".join(job.skipped[:5]))
         report = job.rag.add(documents, progress=progress)
         job.skipped += report.skipped
-        job.report = {name: value for name, value in report.to_json().items() if name != "skipped"}
+        job.documents = list(report.ids)
+        job.report = {name: value for name, value in report.to_json().items() if name not in ("skipped", "ids")}

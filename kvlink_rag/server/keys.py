@@ -14,6 +14,7 @@ from kvlink_rag.config import PUBLIC
 from kvlink_rag.errors import BadInput
 
 MIN_KEY_CHARS = 16
+_COMMENT = re.compile(r"(^|\s)#.*")
 _NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -26,14 +27,17 @@ class Keys:
 
     @classmethod
     def read(cls, path: Path) -> Keys:
-        """Keys from a file: on each line a key, and its namespace if that is not the public one. Raises BadInput."""
+        """Keys from a file: on each line a key, and its namespace if that is not the public one.
+
+        What stands behind a # that begins a word is a comment. Raises BadInput.
+        """
         try:
             lines = path.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"the API keys in {path} cannot be read: {error}") from error
         namespaces: dict[str, str] = {}
         for number, line in enumerate(lines, 1):
-            words = line.split("#", 1)[0].split()
+            words = _COMMENT.sub("", line).split()
             if not words:
                 continue
             key, name, *more = *words, *([PUBLIC] if len(words) == 1 else [])

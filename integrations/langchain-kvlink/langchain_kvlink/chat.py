@@ -16,12 +16,13 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
-from langchain_kvlink.engines import SharedEngine
+from langchain_kvlink.engines import Attached, SharedEngine
 from langchain_kvlink.messages import engine_messages, split_documents
 from langchain_kvlink.results import ChunkMaker, message_of
 
 _LOAD_OPTIONS = ("model", "store", "adapter", "links", "dtype", "device")
 _CALL_OPTIONS = ("temperature", "top_p", "seed", "linking", "reuse", "match_documents", "on_unmatched")
+_TWO_NAMES = "max_tokens and max_new_tokens are two names of one argument; give one of them"
 _OF_SERVICES = ("timeout", "max_retries", "api_key")  # every LangChain chat model takes them; nothing remote here
 
 
@@ -72,7 +73,7 @@ class ChatKVLink(BaseChatModel):
         values = {name: value for name, value in values.items() if name not in _OF_SERVICES}
         if "max_new_tokens" in values:
             if "max_tokens" in values:
-                raise ValueError("max_tokens and max_new_tokens are two names of one argument; give one of them")
+                raise ValueError(_TWO_NAMES)
             values["max_tokens"] = values.pop("max_new_tokens")
         known = {field.alias or name for name, field in cls.model_fields.items()} | cls.model_fields.keys()
         if unknown := sorted(values.keys() - known):
@@ -85,11 +86,16 @@ class ChatKVLink(BaseChatModel):
         GenerationSettings(
             max_new_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, stop=tuple(self.stop or ())
         )
-        given = self.model_fields_set if self.engine is not None else set(_LOAD_OPTIONS)
-        options = {name: getattr(self, name) for name in _LOAD_OPTIONS if name in given}
-        if self.engine is None and self.linking is not None:
-            options["linking"] = self.linking
-        self._shared = SharedEngine.of(self.engine, options)
+        fields = {name: getattr(self, name) for name in _LOAD_OPTIONS}
+        to_load = fields if self.linking is None else {**fields, "linking": self.linking}
+        if isinstance(self.engine, Attached):  # LangChain makes a configured model of another's fields
+            self._shared, was_given = SharedEngine.again(self.engine, fields, to_load), self.engine.was_given
+        elif was_given := self.engine is not None:
+            given = {name: value for name, value in fields.items() if name in self.model_fields_set}
+            self._shared = SharedEngine.of(self.engine, given)
+        else:
+            self._shared = SharedEngine.of(None, to_load)
+        self.engine = Attached(self._shared, fields, was_given)
         return self
 
     @property
@@ -163,6 +169,8 @@ class ChatKVLink(BaseChatModel):
         call = {name: value for name, value in given.items() if name != "stream"}
         documents = split_documents(messages, call.pop("documents", None))
         tokens = [call.pop(name) for name in ("max_tokens", "max_new_tokens") if name in call]
+        if len(tokens) > 1:
+            raise ValueError(_TWO_NAMES)
         if (model := call.pop("model", None)) not in (None, self._model_name, str(self.model)):
             raise ValueError(
                 f"model={model!r} at call time: this ChatKVLink has {self._model_name!r} loaded with its stored KV; "
@@ -174,7 +182,7 @@ class ChatKVLink(BaseChatModel):
         options = {name: call.get(name, getattr(self, name)) for name in _CALL_OPTIONS}
         options["max_new_tokens"] = tokens[0] if tokens else self.max_tokens
         options["stop"] = stop if stop is not None else self.stop or ()
-        return {**options, "documents": documents}
+        return {**options, "documents": documents, "system": ""}  # LangChain's prompts are finished
 
     # -- what LangChain asks about a model ---------------------------------------------------------
 

@@ -127,18 +127,20 @@ class KVLinkFAISS(VectorStore):
 
         filter: metadata that must be equal, or a function of the Document.
         """
-        return [document for document, _ in self.similarity_search_with_score(query, k, filter=filter)]
+        return [document for document, _ in self.similarity_search_with_score(query, k, filter=filter, **kwargs)]
 
     def similarity_search_with_score(
         self, query: str, k: int = 4, *, filter: Filter | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
         """The k nearest documents and their cosine similarity, the highest first."""
+        _no_more(kwargs)
         return self._scored(self.embedding.embed_query(query), k, filter)
 
     async def asimilarity_search_with_score(
         self, query: str, k: int = 4, *, filter: Filter | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
         """`similarity_search_with_score` for an event loop."""
+        _no_more(kwargs)
         vector = await self.embedding.aembed_query(query)
         return await run_in_executor(None, self._scored, vector, k, filter)
 
@@ -146,12 +148,14 @@ class KVLinkFAISS(VectorStore):
         self, query: str, k: int = 4, *, filter: Filter | None = None, **kwargs: Any
     ) -> list[Document]:
         """`similarity_search` for an event loop."""
-        return [document for document, _ in await self.asimilarity_search_with_score(query, k, filter=filter)]
+        found = await self.asimilarity_search_with_score(query, k, filter=filter, **kwargs)
+        return [document for document, _ in found]
 
     def similarity_search_by_vector(
         self, embedding: list[float], k: int = 4, *, filter: Filter | None = None, **kwargs: Any
     ) -> list[Document]:
         """The k documents nearest to a vector."""
+        _no_more(kwargs)
         return [document for document, _ in self._scored(embedding, k, filter)]
 
     def max_marginal_relevance_search(
@@ -166,7 +170,8 @@ class KVLinkFAISS(VectorStore):
     ) -> list[Document]:
         """k of the fetch_k nearest documents that differ from one another; lambda_mult 1: nearest, 0: most varied."""
         vector = self.embedding.embed_query(query)
-        return self.max_marginal_relevance_search_by_vector(vector, k, fetch_k, lambda_mult, filter=filter)
+        by_vector = self.max_marginal_relevance_search_by_vector
+        return by_vector(vector, k, fetch_k, lambda_mult, filter=filter, **kwargs)
 
     def max_marginal_relevance_search_by_vector(
         self,
@@ -179,6 +184,7 @@ class KVLinkFAISS(VectorStore):
         **kwargs: Any,
     ) -> list[Document]:
         """`max_marginal_relevance_search` for a vector."""
+        _no_more(kwargs)
         engine = self.shared_engine.get()
         found = self._hits(engine, embedding, fetch_k, filter)
         vectors = engine.index.vectors_of([hit.chunk.document_id for hit, _ in found])
@@ -204,6 +210,15 @@ class KVLinkFAISS(VectorStore):
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         return lambda score: min(1.0, max(0.0, score))
+
+
+def _no_more(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what no search knows: a filter by another name would let everything through."""
+    if kwargs:
+        raise TypeError(
+            f"unknown arguments {', '.join(sorted(kwargs))}; a search of KVLinkFAISS takes k and filter, "
+            "max_marginal_relevance_search fetch_k and lambda_mult too"
+        )
 
 
 def _checked(documents: Sequence[Document], ids: Sequence[str | None] | None) -> tuple[list[str], list[str]]:

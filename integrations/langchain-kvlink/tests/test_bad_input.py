@@ -83,6 +83,7 @@ def test_what_only_services_need_is_accepted(engine):
     [
         ({"temprature": 1}, "unknown arguments temprature; a call of ChatKVLink takes documents"),
         ({"model": "other"}, "make another ChatKVLink for another model"),
+        ({"max_tokens": 3, "max_new_tokens": 7}, "two names of one argument"),
         ({"documents": "one text"}, "documents must be a list"),
         ({"documents": [{"text": "x"}]}, r"documents\[0\] is a dict"),
         ({"documents": [" "]}, "holds no text"),
@@ -146,6 +147,21 @@ def test_texts_without_words_are_refused_by_the_index(engine, embeddings):
     with pytest.raises(ValueError, match="'b' holds no text"):
         store.add_documents([Document("one", id="a"), Document("  ", id="b")])
     assert engine.document_ids() == []
+
+
+@pytest.mark.parametrize("search", ["similarity", "mmr"])
+def test_a_search_with_a_misnamed_filter_is_refused(engine, embeddings, search):
+    """Unfiltered documents would come back, another tenant's among them."""
+    store = KVLinkFAISS(embeddings, engine)
+    store.add_documents([Document("The tide.", metadata={"tenant": "b"})])
+    retriever = store.as_retriever(search_type=search, search_kwargs={"where": {"tenant": "a"}})
+    with pytest.raises(TypeError, match="unknown arguments where; a search of KVLinkFAISS takes"):
+        retriever.invoke("tide")
+    with pytest.raises(TypeError, match="unknown arguments filters"):
+        store.similarity_search("tide", filters={"tenant": "a"})
+    filtered = {"score_threshold": 0.1, "filter": {"tenant": "b"}}
+    found = store.as_retriever(search_type="similarity_score_threshold", search_kwargs=filtered).invoke("tide")
+    assert [document.page_content for document in found] == ["The tide."]
 
 
 def test_metadata_must_be_plain(engine, embeddings):

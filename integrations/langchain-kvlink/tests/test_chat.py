@@ -6,10 +6,11 @@ import asyncio
 import threading
 
 import pytest
-from kvlink_rag import Piece
+from kvlink_rag import KVLinkEngine, Piece
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessageChunk, HumanMessage
+from langchain_core.runnables import ConfigurableField
 
 from langchain_kvlink import ChatKVLink, KVLinkFAISS
 from langchain_kvlink.results import ChunkMaker
@@ -201,8 +202,6 @@ def test_tokens_arrive_at_callbacks_once(chat):
 
 
 def test_the_cache_of_answers_is_keyed_by_the_fingerprint(engine, tiny, tmp_path):
-    from kvlink_rag import KVLinkEngine
-
     cache = InMemoryCache()
     chat = ChatKVLink(engine=engine, max_tokens=4, cache=cache)
     assert chat.invoke(QUESTION).content == chat.invoke(QUESTION).content
@@ -225,6 +224,40 @@ def test_a_model_is_loaded_at_first_use_and_once(model_folder, tmp_path):
     answers = chat.batch([QUESTION] * 4)
     assert len({answer.content for answer in answers}) == 1
     assert chat._identifying_params["fingerprint"] == chat.shared_engine.get().fingerprint
+
+
+def test_configured_fields_share_the_one_model(model_folder, tmp_path):
+    """LangChain makes a new chat model of the fields at every call that is configured."""
+    chat = ChatKVLink(model=model_folder, store=tmp_path / "lazy", max_tokens=4)
+    open_to_change = chat.configurable_fields(temperature=ConfigurableField("temperature"))
+    made = [open_to_change._prepare(config)[0] for config in (None, {"configurable": {"temperature": 0.5}})]
+    assert [one.temperature for one in made] == [0.0, 0.5]
+    assert made[0].shared_engine is made[1].shared_engine is chat.shared_engine
+    assert open_to_change.with_config(configurable={"temperature": 0.5}).invoke(QUESTION).content
+    elsewhere = chat.configurable_fields(store=ConfigurableField("store"))
+    (other, _) = elsewhere._prepare({"configurable": {"store": tmp_path / "other"}})
+    assert other.shared_engine is not chat.shared_engine and other.store == tmp_path / "other"
+
+
+def test_configured_fields_keep_the_engine_that_was_given(engine, embeddings):
+    for given in (engine, KVLinkFAISS(embeddings, engine), ChatKVLink(engine=engine)):
+        chat = ChatKVLink(engine=given, max_tokens=4)
+        open_to_change = chat.configurable_fields(temperature=ConfigurableField("temperature"))
+        made, _ = open_to_change._prepare({"configurable": {"temperature": 0.5}})
+        assert made.shared_engine.get() is engine and made.invoke(QUESTION).content
+        with pytest.raises(ValueError, match="store and engine exclude each other"):
+            chat.configurable_fields(store=ConfigurableField("store"))._prepare({"configurable": {"store": "other"}})
+
+
+def test_a_prompt_is_the_same_by_an_engine_that_retrieves(tiny, embeddings, tmp_path):
+    """A KVLinkRAG has a system message for its own questions; LangChain's prompts are finished."""
+    from kvlink_rag import Embedder, KVLinkRAG
+
+    with KVLinkRAG(tiny, Embedder(), tmp_path / "rag", linking="link_tokens") as rag:
+        by_rag = ChatKVLink(engine=rag, max_tokens=8).invoke("Hello")
+        with KVLinkEngine(tiny, tmp_path / "plain", linking="link_tokens") as plain:
+            by_engine = ChatKVLink(engine=plain, max_tokens=8).invoke("Hello")
+        assert by_rag.usage_metadata == by_engine.usage_metadata and by_rag.content == by_engine.content
 
 
 def test_a_vector_store_shares_the_chat_models_engine(chat, engine, embeddings):

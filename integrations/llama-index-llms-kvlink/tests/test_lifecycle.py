@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -156,6 +158,20 @@ def test_a_text_of_two_documents_survives_the_deletion_of_one(engine: KVLinkEngi
     assert list(engine.entries.keys()) == []
 
 
+def test_an_empty_cell_in_one_documents_metadata_hinders_no_other(
+    engine: KVLinkEngine, inner: SimpleVectorStore, store: KVLinkVectorStore
+) -> None:
+    """NaN is what a table's empty cell becomes, and no JSON."""
+    odd = Document(text=text(1), doc_id="notice-1", metadata={"price": float("nan"), "by": [float("inf"), 1]})
+    context = StorageContext.from_defaults(vector_store=store)
+    index = VectorStoreIndex.from_documents([*documents([0]), odd], storage_context=context)
+    index.update_ref_doc(documents([0], edition=2)[0])
+    assert text(0, 2) in [chunk.chunk.text for n in engine.document_ids() for chunk in engine.index.chunks_of(n)]
+    assert set(engine.document_ids()) == set(inner.data.embedding_dict)
+    index.delete_ref_doc("notice-1", delete_from_docstore=True)
+    assert len(engine.document_ids()) == len(inner.data.embedding_dict) == 1
+
+
 def test_a_restarted_store_still_knows_which_nodes_a_document_has(
     model: object, tmp_path: Path, inner: SimpleVectorStore
 ) -> None:
@@ -180,6 +196,16 @@ def test_prune_drops_what_an_index_docstore_no_longer_holds(engine: KVLinkEngine
     held = [chunk.chunk.text for node_id in engine.document_ids() for chunk in engine.index.chunks_of(node_id)]
     assert sorted(held) == sorted([text(0, 2), *(text(number) for number in range(2, 6))])
     assert prune(engine, index.docstore) == 0
+
+
+def test_prune_by_a_docstore_that_holds_nothing_is_refused(engine: KVLinkEngine) -> None:
+    """So are all docstores beside a vector store that keeps the texts itself: everything would go."""
+    KVLinkIngestion(engine)([TextNode(text=text(1))])
+    with pytest.raises(ValueError, match="docstore holds nothing"):
+        prune(engine, SimpleDocumentStore())
+    assert len(engine.document_ids()) == 1
+    engine.prune(live_ids=())
+    assert prune(engine, SimpleDocumentStore()) == 0
 
 
 def test_prune_by_a_pipelines_docstore_goes_by_the_documents_version(engine: KVLinkEngine, llm: KVLinkLLM) -> None:
@@ -234,6 +260,32 @@ async def test_async_ingestion_stores_and_returns_the_same_nodes(engine: KVLinkE
     assert engine.document_ids() == [node.node_id]
     (chunk,) = engine.index.chunks_of(node.node_id)
     assert chunk.chunk.text == f"page: 3\n\n{text(1)}"
+
+
+@pytest.mark.parametrize("kind", ["ingestion", "adding", "deleting", "deleting nodes", "clearing"])
+async def test_the_event_loop_is_free_while_the_model_is_loaded(
+    engine: KVLinkEngine, inner: SimpleVectorStore, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The loading waits for the loop here: it would never end if it held the loop up."""
+    may_load, loop = threading.Event(), asyncio.get_running_loop()
+
+    def load(self: KVLinkLLM) -> KVLinkEngine:
+        loop.call_soon_threadsafe(may_load.set)
+        assert may_load.wait(10)
+        return engine
+
+    monkeypatch.setattr(KVLinkLLM, "_load", load)
+    llm = KVLinkLLM(store=str(engine.folder))
+    store, node = KVLinkVectorStore(inner, llm), TextNode(text=text(1), embedding=[1.0])
+    work = {
+        "ingestion": lambda: KVLinkIngestion(llm).acall([node]),
+        "adding": lambda: store.async_add([node]),
+        "deleting": lambda: store.adelete("notice-1"),
+        "deleting nodes": lambda: store.adelete_nodes([node.node_id]),
+        "clearing": store.aclear,
+    }
+    await work[kind]()
+    assert may_load.is_set()
 
 
 def test_worker_processes_are_refused(llm: KVLinkLLM) -> None:

@@ -236,7 +236,8 @@ class KVLinkLLM(CustomLLM):
             raise ValueError(
                 f"KVLinkLLM does not know {', '.join(map(repr, unknown))}; a call takes {', '.join(KNOWN_OPTIONS)}"
             )
-        options = {"linking": self.linking, **{name: getattr(self, name) for name in _FROM_SELF}, **given}
+        own = {"linking": self.linking, "system": ""}  # LlamaIndex's prompts are finished
+        options = {**own, **{name: getattr(self, name) for name in _FROM_SELF}, **given}
         return {**options, "documents": as_documents(given.get("documents") or ())}
 
 

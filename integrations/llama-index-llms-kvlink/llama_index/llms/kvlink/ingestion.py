@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode, TransformComponent
-from llama_index.llms.kvlink.nodes import chunks_of, engine_of, progress_bar
+from llama_index.llms.kvlink.nodes import aengine_of, chunks_of, engine_of, progress_bar
 
 if TYPE_CHECKING:
     from llama_index.llms.kvlink.base import KVLinkLLM
@@ -31,7 +31,7 @@ class KVLinkIngestion(TransformComponent):
 
     def __init__(self, engine: KVLinkLLM | KVLinkEngine, *, show_progress: bool = False):
         """engine: a KVLinkLLM, or the engine it was made from."""
-        is_engine = not hasattr(engine, "engine")
+        is_engine = not hasattr(type(engine), "engine")  # asked of an LLM itself, it would load its model
         if is_engine:
             engine_of(engine)  # refuses what is neither
         super().__init__(  # type: ignore[call-arg]
@@ -52,7 +52,8 @@ class KVLinkIngestion(TransformComponent):
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """`__call__`, with the event loop free meanwhile."""
-        await engine_of(self._owner).aadd_chunks(**chunks_of(nodes), progress=progress_bar(self.show_progress))
+        engine = await aengine_of(self._owner)
+        await engine.aadd_chunks(**chunks_of(nodes), progress=progress_bar(self.show_progress))
         return nodes
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:

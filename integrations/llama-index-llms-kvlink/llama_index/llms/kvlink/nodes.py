@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ def engine_of(owner: KVLinkEngine | KVLinkLLM) -> KVLinkEngine:
         raise ValueError(f"engine must be a KVLinkLLM or a kvlink_rag.KVLinkEngine, got {type(owner).__name__}")
     found: KVLinkEngine = engine
     return found
+
+
+async def aengine_of(owner: KVLinkEngine | KVLinkLLM) -> KVLinkEngine:
+    """`engine_of`, with the event loop free while a model is loaded."""
+    return await asyncio.to_thread(engine_of, owner)
 
 
 def kv_folder(persist_dir: str | Path) -> Path:

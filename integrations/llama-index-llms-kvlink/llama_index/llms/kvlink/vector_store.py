@@ -22,6 +22,7 @@ from llama_index.llms.kvlink.nodes import (
     NODE_METADATA,
     REF_DOC_HASH,
     REF_DOC_ID,
+    aengine_of,
     chunks_of,
     engine_of,
     ids_of_document,
@@ -91,7 +92,8 @@ class KVLinkVectorStore(BasePydanticVectorStore):
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """`add`, with the event loop free meanwhile."""
-        await self.engine.aadd_chunks(**chunks_of(nodes), progress=progress_bar(self.show_progress))
+        engine = await aengine_of(self._owner)
+        await engine.aadd_chunks(**chunks_of(nodes), progress=progress_bar(self.show_progress))
         return await self.vector_store.async_add(list(nodes), **kwargs)
 
     # -- deleting: the vectors first, so that nothing is found that is gone -------------------------
@@ -104,7 +106,7 @@ class KVLinkVectorStore(BasePydanticVectorStore):
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """`delete`, with the event loop free meanwhile."""
         await self.vector_store.adelete(ref_doc_id, **delete_kwargs)
-        await self.engine.arun(lambda: self._drop_document(ref_doc_id))
+        await (await aengine_of(self._owner)).arun(lambda: self._drop_document(ref_doc_id))
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -118,7 +120,7 @@ class KVLinkVectorStore(BasePydanticVectorStore):
     ) -> None:
         """`delete_nodes`, with the event loop free meanwhile."""
         await self.vector_store.adelete_nodes(node_ids, filters, **delete_kwargs)
-        await self.engine.arun(lambda: self._drop_nodes(node_ids, filters))
+        await (await aengine_of(self._owner)).arun(lambda: self._drop_nodes(node_ids, filters))
 
     def clear(self) -> None:
         """Delete all nodes and all KV."""
@@ -128,7 +130,8 @@ class KVLinkVectorStore(BasePydanticVectorStore):
     async def aclear(self) -> None:
         """`clear`, with the event loop free meanwhile."""
         await self.vector_store.aclear()
-        await self.engine.arun(lambda: self.engine.prune(live_ids=()))
+        engine = await aengine_of(self._owner)
+        await engine.arun(lambda: engine.prune(live_ids=()))
 
     # -- what the inner store does alone ------------------------------------------------------------
 
@@ -175,9 +178,16 @@ def prune(engine: KVLinkLLM | KVLinkEngine, docstore: BaseDocumentStore) -> int:
     """Drop the KV of all nodes that a docstore no longer holds; the number of KV entries dropped.
 
     The docstore may be an index's, which holds nodes, or an IngestionPipeline's, which holds the documents they were
-    cut from: there a node lives as long as its document is the version it was cut from.
+    cut from: there a node lives as long as its document is the version it was cut from. Raises ValueError for one that
+    holds nothing, as an index's does beside a vector store that keeps the texts itself.
     """
     kvlink, held = engine_of(engine), set(docstore.docs)
+    if not held and kvlink.document_ids():
+        raise ValueError(
+            "this docstore holds nothing, so all KV would go: beside a vector store that keeps the texts itself an "
+            "index's docstore stays empty, there wrap the store in KVLinkVectorStore; to drop all KV, call "
+            "engine.prune(live_ids=())"
+        )
 
     def is_live(node_id: str) -> bool:
         if node_id in held:
