@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from kvlink_rag.embedder import Vectors
 from kvlink_rag.errors import NotAStore
-from kvlink_rag.store.kvdisk import publish
+from kvlink_rag.store.kvdisk import replace
 from kvlink_rag.store.place import Place
 from kvlink_rag.types import Chunk, Hit
 
@@ -103,8 +103,10 @@ class VectorIndex:
 
     def ids_where(self, name: str, value: str) -> list[str]:
         """Ids of the documents whose metadata holds `value` under the plain name `name`."""
-        query = "SELECT id FROM documents WHERE json_extract(metadata, ?) = ? ORDER BY id"
-        return [row[0] for row in self._db.execute(query, (f'$."{name}"', value))]
+        query = "SELECT id FROM documents WHERE CASE WHEN json_valid(metadata) THEN json_extract(metadata, ?) = ? END"
+        found = [row[0] for row in self._db.execute(query, (f'$."{name}"', value))]
+        beyond_json = self._db.execute("SELECT id, metadata FROM documents WHERE NOT json_valid(metadata)")  # NaN
+        return sorted([*found, *(row[0] for row in beyond_json if json.loads(row[1]).get(name) == value)])
 
     def chunks_of(self, document_id: str) -> list[IndexedChunk]:
         """A document's chunks in order."""
@@ -160,14 +162,11 @@ class VectorIndex:
 
     def set_keys(self, document_id: str, chunks: Sequence[IndexedChunk]) -> None:
         """Note under which recipe and key a document's chunks are now encoded."""
-        with self._lock:
-            self._place.check()
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(
+        with self._transaction() as db:
+            db.executemany(
                 "UPDATE chunks SET num_tokens = ?, fingerprint = ?, kv_key = ? WHERE document_id = ? AND position = ?",
                 [(c.num_tokens, c.fingerprint, c.kv_key, document_id, c.chunk.position) for c in chunks],
             )
-            self._db.execute("COMMIT")
 
     def texts(self) -> list[tuple[str, str]]:
         """(document id, text) of every chunk."""
@@ -241,17 +240,17 @@ class VectorIndex:
         with self._lock:
             if self._faiss is None or self._is_behind() or self.get_meta("faiss_digest"):
                 return
-            self._place.check()
             data = faiss.serialize_index(self._faiss).tobytes()
-            self._db.execute("BEGIN IMMEDIATE")  # one process at a time
-            try:
-                if not self._is_behind():  # nobody changed the database meanwhile
-                    publish(self._folder / "index.faiss", data)
+            with self._transaction():
+                if self._is_behind():  # somebody changed the database meanwhile
+                    return
+                try:
+                    replace(self._folder / "index.faiss", data)
                     self.set_meta("faiss_digest", blake3(data).hexdigest())
-            except OSError as error:
-                log.warning("%s: the search index is not saved (%s); the next start rebuilds it", self._folder, error)
-            finally:
-                self._db.execute("COMMIT")
+                except OSError as error:
+                    log.warning(
+                        "%s: the search index is not saved (%s); the next start rebuilds it", self._folder, error
+                    )
 
     def _is_behind(self) -> bool:
         """Whether another connection changed the database since FAISS was loaded."""
@@ -265,23 +264,31 @@ class VectorIndex:
         self._db.close()
 
     @contextmanager
-    def _changing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that also notes that the FAISS file is behind."""
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it or nothing, one process at a time."""
         with self._lock:
             self._place.check()
+            self._db.rollback()  # what an earlier failure may have left open
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self.set_meta("faiss_digest", "")
-                (self._folder / "index.faiss").unlink(missing_ok=True)  # behind now; deleted vectors go with it
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
-                self._faiss = None
+                self._faiss = None  # it may know more than the database does, whose new row ids are given again
+                with suppress(sqlite3.Error):  # the caller learns what went wrong first
+                    self._db.rollback()
                 raise
-            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that also notes that the FAISS file is behind."""
+        with self._transaction() as db:
+            self.set_meta("faiss_digest", "")
+            (self._folder / "index.faiss").unlink(missing_ok=True)  # behind now; deleted vectors go with it
+            yield db
 
     def _update_faiss(self, gone: list[int], new: list[int | None], vectors: Vectors | None) -> None:
-        """Follow a change of the database; should that roll back, the next search rebuilds."""
+        """Follow a change of the database; should that fail to be committed, the next search rebuilds."""
         if self._faiss is None:
             return
         if gone:

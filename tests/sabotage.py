@@ -204,7 +204,7 @@ SABOTAGES = [
     ),
     Sabotage(
         "leave the vectors of what was deleted", "index.py",
-        '                (self._folder / "index.faiss").unlink(missing_ok=True)', "                pass",
+        '            (self._folder / "index.faiss").unlink(missing_ok=True)', "            pass",
         ("test_index.py", "vectors"),
     ),
     Sabotage(

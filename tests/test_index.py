@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import resource
 import sqlite3
 from pathlib import Path
 
@@ -117,6 +119,97 @@ def test_a_failed_change_changes_nothing(index):
     with pytest.raises(sqlite3.IntegrityError):
         index.replace_document("one", "new", None, {}, [chunk, bad], vectors_of(2, 3))
     assert index.document_digest("one") == "d" and best(index, 1) == "text 1" and best(index, 2) is None
+
+
+@contextlib.contextmanager
+def reader_in_the_middle(index: VectorIndex, folder: Path):
+    """Another process reads, and the index does not wait for it: what is changed cannot be committed."""
+    index._db.execute("PRAGMA busy_timeout = 0")
+    reader = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM documents").fetchall()
+    try:
+        yield
+    finally:
+        reader.close()
+
+
+@contextlib.contextmanager
+def full_disk(index: VectorIndex, folder: Path):
+    """No file may become longer than 100 KB, which shows when a transaction is written to its place."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("hindrance", [reader_in_the_middle, full_disk])
+def test_a_change_that_cannot_be_committed_changes_nothing(index, tmp_path, hindrance):
+    """What was there is found, what failed is not, though its row id is given again; nor after a restart."""
+    expected = {1: "text 1", 2: "text 2", 3: None, 9: "text 9"}
+    add(index, "one", 1)
+    add(index, "two", 2)
+    assert best(index, 1) == "text 1"
+    index.save()
+    with hindrance(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+        add(index, "one", 3, digest="d" * 300_000)
+    assert {number: best(index, number) for number in expected} == {**expected, 9: None}
+    add(index, "nine", 9)
+    assert {number: best(index, number) for number in expected} == expected
+    index.save()
+    index.close()
+    again = VectorIndex(tmp_path)
+    assert {number: best(again, number) for number in expected} == expected
+    again.close()
+
+
+def test_a_deletion_that_cannot_be_committed_leaves_the_document_found(index, tmp_path):
+    """It can be deleted once nobody is in the way."""
+    add(index, "one", 1)
+    assert best(index, 1) == "text 1"
+    with reader_in_the_middle(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+        index.delete_document("one")
+    assert best(index, 1) == "text 1"
+    assert index.delete_document("one") and best(index, 1) is None
+
+
+@pytest.mark.parametrize("hindrance", [reader_in_the_middle, full_disk])
+def test_keys_that_cannot_be_committed_stay_as_they_were(index, tmp_path, hindrance):
+    """The index goes on working."""
+    add(index, "one", 1)
+    before = index.chunks_of("one")
+    chunks = [IndexedChunk(c.chunk, 5, "g" * 300_000, "a" * 64) for c in before]
+    with hindrance(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+        index.set_keys("one", chunks)
+    assert index.chunks_of("one") == before
+    index.set_keys("one", chunks)
+    assert index.chunks_of("one") == chunks
+    add(index, "two", 2)
+    assert index.document_ids() == ["one", "two"]
+
+
+def test_a_search_index_that_cannot_be_saved_is_rebuilt(index, tmp_path):
+    """An error while it is saved leaves no transaction open, and nothing that is believed."""
+    add(index, "one", 1)
+    assert best(index, 1) == "text 1"
+    with reader_in_the_middle(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+        index.save()
+    add(index, "two", 2)
+    assert [best(index, number) for number in (1, 2)] == ["text 1", "text 2"]
+    index.save()
+    assert sorted(text for text, _ in hits_after_reopening(tmp_path)) == ["text 1", "text 2"]
+
+
+def test_what_a_killed_process_left_of_a_search_index_goes_with_the_next_one(index, tmp_path):
+    """Under the name it has now, and under the one of earlier versions."""
+    add(index, "one", 1)
+    assert best(index, 1) == "text 1"
+    for name in ("index.tmp", f"index.{'0' * 16}.tmp"):
+        (tmp_path / name).write_bytes(b"half a search index")
+    index.save()
+    assert {path.name for path in tmp_path.iterdir()} == {"index.sqlite", "index.faiss"}
 
 
 def saved_index(folder: Path) -> Path:

@@ -282,15 +282,111 @@ def test_a_store_keeps_to_the_budget_it_was_last_given(tmp_path):
     assert open_folder(folder) == folder
 
 
-def test_a_budget_that_cannot_be_remembered_holds_all_the_same(tmp_path, monkeypatch, caplog):
-    def full(path, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("name", ["open", "write", "fsync", "rename"])
+def test_a_budget_that_cannot_be_remembered_holds_all_the_same(tmp_path, monkeypatch, caplog, name):
+    """The store stays one, with the budget it remembered before, and nothing is left half written."""
+    folder, real = open_folder(tmp_path / "store"), getattr(os, name)
+    open_entries(folder, StoreSettings(max_bytes=2 * GIB)).close()
 
-    folder = open_folder(tmp_path / "store")
-    monkeypatch.setattr("kvlink_rag.store.folder.publish", full)
+    def full(path, *args, **options):
+        if name != "open" or str(path).endswith(".tmp"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, name, full)
     entries = open_entries(folder, StoreSettings(max_bytes=GIB))
     entries.close()
     assert entries.max_bytes == GIB and "is not remembered: No space left" in caplog.text
+    monkeypatch.setattr(os, name, real)
+    entries = open_entries(open_folder(folder), StoreSettings())
+    entries.close()
+    assert entries.max_bytes == 2 * GIB and not list(folder.glob("*.tmp"))
+
+
+def test_a_budget_of_which_not_even_the_name_is_certain_leaves_a_store(tmp_path, monkeypatch):
+    """The folder cannot be synced, once the manifest has its name: the older one or the newer one is there."""
+    folder, real, calls = open_folder(tmp_path / "store"), os.fsync, []
+    open_entries(folder, StoreSettings()).close()
+
+    def fails_at_second(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_at_second)
+    open_entries(folder, StoreSettings(max_bytes=GIB)).close()
+    entries = open_entries(open_folder(folder), StoreSettings())
+    entries.close()
+    assert len(calls) == 2 and entries.max_bytes in (DEFAULT_MAX_BYTES, GIB)
+
+
+OPENER = """
+import fcntl, os, signal, sys
+from kvlink_rag.config import StoreSettings
+from kvlink_rag.store.folder import open_entries, open_folder
+folder, max_bytes, stops_at = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+real_flock, real_fsync, calls = fcntl.flock, os.fsync, []
+
+def flock(*args):
+    try:
+        real_flock(*args)
+    except BlockingIOError:
+        print("waits", flush=True)
+        raise
+
+def fsync(descriptor):
+    calls.append(descriptor)
+    if len(calls) == stops_at:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    real_fsync(descriptor)
+
+fcntl.flock, os.fsync = flock, fsync
+open_entries(open_folder(folder), StoreSettings(max_bytes=max_bytes)).close()
+print("opened", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
+@pytest.mark.parametrize("stops_at", [1, 3])
+def test_two_processes_that_make_a_store_at_once_make_one(tmp_path, stops_at, end):
+    """One is stopped in the middle of it, and killed or not; what the other has done meanwhile stays."""
+    folder, crew = tmp_path / "store", []
+    command = [sys.executable, "-c", OPENER, str(folder)]
+    try:
+        for arguments in ((str(2 * GIB), str(stops_at)), (str(GIB), "0")):
+            crew.append(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True))
+            if len(crew) == 1:
+                assert os.WIFSTOPPED(os.waitpid(crew[0].pid, os.WUNTRACED)[1])
+        said = crew[1].stdout.readline()  # it is through, or it waits for the one that is stopped
+        crew[0].send_signal(end)
+        said += crew[1].stdout.read()
+        assert said.endswith("opened\n") and crew[0].stdout.read().endswith("opened\n" * (end == signal.SIGCONT))
+    finally:
+        for process in crew:
+            process.kill()
+            process.communicate()
+    entries = open_entries(open_folder(folder), StoreSettings())
+    entries.close()
+    assert entries.max_bytes in (GIB, 2 * GIB)
+    assert {path.name for path in folder.iterdir()} == {"store.json", "store.lock", "kv"}
+
+
+def test_what_a_killed_process_left_of_a_manifest_is_no_hindrance(tmp_path):
+    """It goes when the next one is written; under the name of earlier versions too."""
+    folder = tmp_path / "store"
+
+    def leave_half():
+        for name in ("store.tmp", f"store.{'0' * 16}.tmp"):
+            (folder / name).write_bytes(b'{"kvlink_st')
+
+    folder.mkdir(mode=0o700)
+    leave_half()
+    open_folder(folder)
+    assert {path.name for path in folder.iterdir()} == {"store.json", "store.lock"}
+    leave_half()
+    open_entries(open_folder(folder), StoreSettings(max_bytes=GIB)).close()
+    assert {path.name for path in folder.iterdir()} == {"store.json", "store.lock", "kv"}
 
 
 @pytest.mark.parametrize("budget", ["20", 0, -1, 1.5, True, None])

@@ -14,6 +14,7 @@ from store_parts import (
     entry_of,
     identity_of,
     key_of,
+    open_unwritable,
 )
 
 from kvlink_rag.errors import CannotStore
@@ -228,6 +229,45 @@ def test_entries_expire(tmp_path, monkeypatch):
     clock += 61
     assert [key in store for key in keys] == [False, False, False]
     assert store.sweep() == 2 and store.counters.expired == 2 and not entry_files(tmp_path)
+    store.close()
+
+
+def test_a_time_that_is_set_later_counts_for_what_was_stored_before(tmp_path, monkeypatch):
+    """Set anew or shortened, by whoever opened the store before or opens it beside a writer: it is told no old KV."""
+    clock = time.time()
+    monkeypatch.setattr(time, "time", lambda: clock)
+    keys = [identity_of((n,)).key for n in range(3)]
+    stores = [DiskStore(tmp_path, max_bytes=ROOM, ttl_s=ttl_s) for ttl_s in (None, 3600, 60)]
+    for n in range(2):
+        stores[n].put(keys[n], entry_of((n,)))
+    clock += 40
+    stores[0].put(keys[2], entry_of((2,)))
+    clock += 21
+    with writer_lock(tmp_path / "lock"):
+        stores.append(DiskStore(tmp_path, max_bytes=ROOM, ttl_s=60))
+    for store in stores[2:]:
+        assert [store.get(key) for key in keys] == [None, None, entry_of((2,))]
+        assert [key in store for key in keys] == [False, False, True]
+    assert [key in stores[0] for key in keys] == [True, True, True]
+    assert stores[3].verify() == (1, []) and stores[3].counters.expired == 2
+    assert list(stores[3].keys()) == keys[2:] and len(entry_files(tmp_path)) == 1
+    for store in stores:
+        store.close()
+
+
+def test_a_time_that_is_set_later_counts_where_nothing_can_be_written(tmp_path, monkeypatch):
+    """Without rows, files tell how old entries are."""
+    keys = [identity_of((n,)).key for n in range(2)]
+    store = DiskStore(tmp_path, max_bytes=ROOM)
+    for n, age_s in enumerate((61, 30)):
+        store.put(keys[n], entry_of((n,)))
+        (path,) = tmp_path.glob(f"??/{keys[n]}.*")
+        os.utime(path, (time.time() - age_s,) * 2)
+    store.close()
+    open_unwritable(tmp_path, monkeypatch).close()  # nor can it be written from here on
+    store = DiskStore(tmp_path, max_bytes=ROOM, ttl_s=60)
+    assert store.read_only and [store.get(key) for key in keys] == [None, entry_of((1,))]
+    assert [key in store for key in keys] == [False, True]
     store.close()
 
 

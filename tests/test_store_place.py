@@ -81,7 +81,7 @@ def device(path, victim):
 
 
 NAMES = [
-    "store.json", "namespaces.secret", "namespaces.lock", "namespaces.tmp", "index.sqlite",
+    "store.json", "store.lock", "store.tmp", "namespaces.secret", "namespaces.lock", "namespaces.tmp", "index.sqlite",
     "index.sqlite-journal", "index.faiss", "kv/lock", "kv/cache.db", "kv/cache.db-journal", "kv/cache.db-wal",
 ]  # fmt: skip
 

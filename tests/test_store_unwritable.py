@@ -76,6 +76,7 @@ def test_a_folder_with_other_files_is_not_taken_over(tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(NotAStore, match="holds other files"):
         open_folder(tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     for _ in range(2):
         assert open_folder(tmp_path / "new") == tmp_path / "new"
     for manifest in ("{", "[]", '{"kvlink_store": 99}', "\0"):

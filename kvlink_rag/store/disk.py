@@ -27,8 +27,11 @@ from kvlink_rag.store.kv_index import (
     Damaged,
     create_private,
     is_full,
+    keys_over,
     new_index,
     open_index,
+    path_of,
+    read_entry,
     reconcile,
 )
 from kvlink_rag.store.kvdisk import open_entry_file
@@ -140,8 +143,7 @@ class DiskStore:
         if self._cache is not None:
             try:
                 with NO_FORK:
-                    entry: memoryview | None = self._cache.get(key)
-                return entry
+                    return read_entry(self._cache, key, self.ttl_s)
             except _INDEX_FAILED as error:
                 self._say("index", f"the KV index of {self.folder} cannot be read ({error}): files are read without it")
         return self._files.read(key)
@@ -152,11 +154,9 @@ class DiskStore:
             return None
         if self._cache is None:
             return self._files.find(key)
-        query = "SELECT filename FROM Cache WHERE key = ? AND (expire_time IS NULL OR expire_time > ?)"
         try:
             with NO_FORK:
-                row = self._cache._sql(query, (key, time.time())).fetchone()
-            path: Path | None = None if row is None else self._cache.disk.contained(row[0])
+                path = path_of(self._cache, key, self.ttl_s)
         except (MemoryError, *_INDEX_FAILED):
             return self._files.find(key)
         except CorruptEntry:
@@ -335,8 +335,7 @@ class DiskStore:
         """Remove the entries whose time is over; how many there were."""
         if self._cache is None or self.ttl_s is None:
             return 0
-        query = "SELECT key FROM Cache WHERE expire_time <= ?"
-        expired = self._remove([row[0] for row in self._cache._sql(query, (time.time(),)).fetchall()])
+        expired = self._remove(keys_over(self._cache, self.ttl_s))
         self.counters.expired += expired
         return expired
 

@@ -10,13 +10,14 @@ from typing import Any
 from blake3 import blake3
 
 from kvlink_rag.config import DEFAULT_MAX_BYTES, StoreSettings
-from kvlink_rag.errors import NotAStore
+from kvlink_rag.errors import CannotStore, NotAStore
 from kvlink_rag.store.disk import DiskStore
-from kvlink_rag.store.kvdisk import publish
+from kvlink_rag.store.kvdisk import replace
+from kvlink_rag.store.lock import writer_lock
 from kvlink_rag.store.namespaces import SECRET
 from kvlink_rag.store.place import Place
 
-MANIFEST = "store.json"
+MANIFEST, LOCK = "store.json", "store.lock"
 FORMAT = 1
 log = logging.getLogger(__name__)
 
@@ -31,38 +32,50 @@ def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
     if path.exists() and not path.is_dir():
         raise NotAStore(f"{path} is a file; a store is a folder")
     if path.exists():
-        Place(path, MANIFEST, SECRET, "namespaces.lock")
+        Place(path, MANIFEST, LOCK, SECRET, "namespaces.lock")
+    if not (path / MANIFEST).exists():
+        _make(path, about_new)
+    about = _manifest(path)
+    if about.get("integrity_key", "") != about_new["integrity_key"]:
+        given = "another was given" if integrity_key else "none was given"
+        raise NotAStore(
+            f"{path} is sealed with an integrity key, and {given}"
+            if about.get("integrity_key")
+            else f"{path} has no integrity key, but one was given; add the documents to a new store"
+        )
+    return path
+
+
+def _make(path: Path, about: dict[str, Any]) -> None:
+    """Mark a folder as a store, unless somebody else has just done so. Raises NotAStore."""
     manifest = path / MANIFEST
-    if manifest.exists():
-        about = _manifest(path)
-        if about.get("integrity_key", "") != about_new["integrity_key"]:
-            given = "another was given" if integrity_key else "none was given"
-            raise NotAStore(
-                f"{path} is sealed with an integrity key, and {given}"
-                if about.get("integrity_key")
-                else f"{path} has no integrity key, but one was given; add the documents to a new store"
-            )
-        return path
     try:
-        if path.exists() and any(path.iterdir()):
+        is_taken = path.exists() and any(not _is_beginning(file.name) for file in path.iterdir())
+        if is_taken and not manifest.exists():  # looked for last: it is there before all other files
             raise NotAStore(f"{path} holds other files and is no kvlink store; choose an empty or new folder")
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        publish(manifest, json.dumps(about_new).encode())
-    except OSError as error:
-        raise NotAStore(f"no store can be made in {path}: {error.strerror}") from error
-    return path
+        with writer_lock(path / LOCK):
+            if not manifest.exists():
+                replace(manifest, json.dumps(about).encode())
+    except (OSError, CannotStore) as error:
+        raise NotAStore(f"no store can be made in {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def _is_beginning(name: str) -> bool:
+    """Whether somebody who makes a store, or was killed while he did, has such a file before there is a manifest."""
+    return name == LOCK or (name.startswith("store.") and name.endswith(".tmp"))
 
 
 def open_entries(folder: Path, limits: StoreSettings) -> DiskStore:
     """The entries of a store's folder, within its limits. A budget that is given is the store's from now on."""
-    about = _manifest(folder)
-    known = about.get("max_bytes", DEFAULT_MAX_BYTES)
+    known = _manifest(folder).get("max_bytes", DEFAULT_MAX_BYTES)
     max_bytes = known if limits.max_bytes is None else limits.max_bytes
     if max_bytes != known:
         try:
-            publish(folder / MANIFEST, json.dumps({**about, "max_bytes": max_bytes}).encode())
-        except OSError as error:  # a full disk can still be read and deleted from
-            log.warning("the budget of %s is not remembered: %s", folder, error.strerror)
+            with writer_lock(folder / LOCK):
+                replace(folder / MANIFEST, json.dumps({**_manifest(folder), "max_bytes": max_bytes}).encode())
+        except (OSError, CannotStore) as error:  # a full disk can still be read and deleted from
+            log.warning("the budget of %s is not remembered: %s", folder, getattr(error, "strerror", error))
     return DiskStore(folder / "kv", max_bytes=max_bytes, ttl_s=limits.ttl_s, integrity_key=limits.integrity_key)
 
 

@@ -6,6 +6,7 @@ whatever a killed writer left is taken in or swept away.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -38,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "sqlite_secure_delete": 1,
 }
 IS_OURS = "raw = 1 AND typeof(key) = 'text' AND length(key) = 64 AND key NOT GLOB '*[^0-9a-f]*'"
+_IS_OVER = "(expire_time <= :now OR store_time + :ttl_s <= :now)"  # where there is no ttl_s, as it was put
 _COLUMNS = "key, raw, store_time, expire_time, access_time, tag, size, mode, filename, value"
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 _DISK_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
@@ -148,6 +150,36 @@ def reconcile(cache: Cache, folder: Path, ttl_s: float | None) -> int:
             cache._sql("DELETE FROM Cache WHERE key = ?", (key,))
         cache._sql("UPDATE Settings SET value = (SELECT COALESCE(SUM(size), 0) FROM Cache) WHERE key = 'size'")
     return swept
+
+
+def read_entry(cache: Cache, key: str, ttl_s: float | None) -> memoryview | None:
+    """The bytes of an entry, unverified; None if there is none, or its time is over. Raises CorruptEntry."""
+    row = _row(cache, key, ttl_s)
+    with contextlib.suppress(OSError):  # a file that was deleted after its row was read
+        entry: memoryview | None = row and cache.disk.fetch(*row, read=False)
+        return entry
+    return None
+
+
+def path_of(cache: Cache, key: str, ttl_s: float | None) -> Path | None:
+    """Where an entry should lie; None if there is none, or its time is over. Raises CorruptEntry."""
+    row = _row(cache, key, ttl_s)
+    path: Path | None = row and cache.disk.contained(row[1])
+    return path
+
+
+def _row(cache: Cache, key: str, ttl_s: float | None) -> tuple[Any, Any, Any] | None:
+    """Mode, file name and value of an entry whose time is not over."""
+    query = f"SELECT mode, filename, value FROM Cache WHERE key = :key AND raw = 1 AND {_IS_OVER} IS NOT TRUE"
+    row: tuple[Any, Any, Any] | None
+    row = cache._sql(query, {"key": key, "now": time.time(), "ttl_s": ttl_s}).fetchone()
+    return row
+
+
+def keys_over(cache: Cache, ttl_s: float) -> list[str]:
+    """Keys of the entries whose time is over: the one they were put for, or ttl_s."""
+    query = f"SELECT key FROM Cache WHERE {_IS_OVER}"
+    return [row[0] for row in cache._sql(query, {"now": time.time(), "ttl_s": ttl_s})]
 
 
 def _is_there(folder: Path, name: str | None) -> bool:

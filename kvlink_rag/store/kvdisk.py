@@ -83,12 +83,12 @@ def key_of_file(path: Path) -> str | None:
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Let a file appear under its name, whole and on the disk, or not at all."""
+    """Let a file appear under its name, whole and on the disk; if that fails, what had the name before stays."""
     if not path.parent.is_dir():
         path.parent.mkdir(mode=0o700, exist_ok=True)
         sync_folder(path.parent.parent)
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)  # a killed writer's, where a name is used again
+    temporary = path.with_name(f"{path.name.split('.')[0]}.{secrets.token_hex(8)}.tmp")  # nobody else's
+    is_new = not os.path.lexists(path)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
         try:
@@ -101,10 +101,18 @@ def publish(path: Path, data: bytes) -> None:
         os.rename(temporary, path)
         sync_folder(path.parent)
     except BaseException:
-        for leftover in (temporary, path):
+        for leftover in (temporary, path) if is_new else (temporary,):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
         raise
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Publish under a name that is used again, under a lock: what killed writers left half written there goes."""
+    for leftover in path.parent.glob(f"{path.stem}.*tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink(missing_ok=True)
+    publish(path, data)
 
 
 def open_entry_file(path: Path) -> FileIO:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvlink_rag.config import PUBLIC
 from kvlink_rag.errors import BadInput, NotAStore
-from kvlink_rag.store.kvdisk import publish, read_entry_file
+from kvlink_rag.store.kvdisk import read_entry_file, replace
 from kvlink_rag.store.lock import writer_lock
 
 FOLDER = "namespaces"
@@ -56,7 +56,7 @@ def _secret(path: Path) -> bytes:
         if not path.exists():
             with writer_lock(path.with_suffix(".lock")):
                 if not path.exists():
-                    publish(path, secrets.token_bytes(_SECRET_BYTES))
+                    replace(path, secrets.token_bytes(_SECRET_BYTES))
         secret = bytes(read_entry_file(path))
     except OSError as error:
         raise NotAStore(f"the secret of the store's namespaces cannot be read from {path}: {error}") from error
