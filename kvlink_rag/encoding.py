@@ -116,7 +116,11 @@ class Encoder:
                 yield from results
 
     def encode_alone(self, ids: tuple[int, ...]) -> KV:
-        """KV of a prompt's prefix: what stands at position 0 sees no encoding prefix."""
+        """KV of a prompt's prefix, which may be empty: what stands at position 0 sees no encoding prefix."""
+        if not ids:  # some chat templates have nothing before the user's words
+            shape = self.model.kv_shape
+            nothing = torch.empty(shape.num_layers, shape.num_kv_heads, 0, 1, dtype=shape.dtype, device=shape.device)
+            return KV(nothing.expand(-1, -1, -1, shape.head_dim), nothing.expand(-1, -1, -1, shape.value_dim), ids)
         rows = torch.tensor([ids], device=self.model.device)
         keys, values = self.model.encode(rows)
         unrotated = torch.empty_like(keys[:, 0])

@@ -95,7 +95,10 @@ def build_prompt(
         for piece in message["content"]:
             layout.text(tokenizer.plain_ids(piece)) if isinstance(piece, str) else layout.chunk(piece)
     layout.text(scaffolds[-1])
-    return layout.prompt().with_chunks(chunk_ids)
+    prompt = layout.prompt()
+    if not prompt.question_ids:
+        raise BadInput("nothing behind the last document of the message, nor in this model's chat template: add words")
+    return prompt.with_chunks(chunk_ids)
 
 
 class _Layout:
@@ -159,7 +162,7 @@ def _checked(messages: Sequence[Message], system: str | None) -> list[dict[str, 
     if any(message["role"] == "system" for message in checked[1:]):
         raise BadInput("a system message can only be the first")
     if checked[0]["role"] == "system":
-        if system is not None:
+        if system:
             raise BadInput("give the system message once: in `system` or as the first message")
     elif system:
         checked.insert(0, {"role": "system", "content": [system]})
@@ -175,8 +178,14 @@ def _render(tokenizer: TextTokenizer, messages: list[dict[str, Any]]) -> str:
     try:
         return str(tokenizer.hf.apply_chat_template(slotted, tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
+        refusal = f"this model's chat template refuses the conversation: {error}"
         if slotted[0]["role"] != "system":
-            raise BadInput(f"this model's chat template refuses the conversation: {error}") from error
+            raise BadInput(refusal) from error
+        if slotted[1]["role"] != "user":
+            raise BadInput(
+                f"{refusal}; where a template knows no system role, such a message opens the user's turn: let the "
+                f"user's words stand right behind it, or leave it out"
+            ) from error
     # Some templates know no system role: its words then open the first user's turn.
     merged = [{"role": "user", "content": f"{slotted[0]['content']}\n\n{slotted[1]['content']}"}, *slotted[2:]]
     try:

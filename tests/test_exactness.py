@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -84,6 +85,21 @@ def test_linked_chunks_answer_like_one_masked_forward(family, linking):
         embeds, spans = whole_sequence(model, prompt, linking)
         expected = masked_logits(model.hf, embeds, spans)[pending.positions]
         assert (linked - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("linking", ["plain", "link_tokens"])
+@pytest.mark.parametrize("family", ["llama", "gemma3-window", "cohere2-nope"])
+def test_a_prompt_without_a_prefix_is_exact(family, linking):
+    """Some chat templates have nothing before the user's words, so the first chunk stands at position 0."""
+    model = model_of(family)
+    prompt = replace(random_prompt(4, 3), prefix_ids=())
+    context = linked_context(model, prompt, linking)
+    pending = context.pending
+    mask = model.position_mask(pending.positions, context.num_tokens)
+    linked = model.logits(pending.embeds, pending.positions, mask, context.to_cache())
+    embeds, spans = whole_sequence(model, prompt, linking)
+    expected = masked_logits(model.hf, embeds, spans)[pending.positions]
+    assert (linked - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("linking", ["plain", "link_tokens"])

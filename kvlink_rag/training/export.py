@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from kvlink_rag.compute import Job, compute
 from kvlink_rag.errors import BadInput
 from kvlink_rag.links import Checkpoint, holds_parts
 from kvlink_rag.model import LanguageModel, weights_digest
+from kvlink_rag.questions import Example
 from kvlink_rag.training.learner import Learner
 from kvlink_rag.training.start import copy_checkpoint, make_learner
 from kvlink_rag.training.trainer import TrainSettings, load_last
@@ -30,7 +32,8 @@ def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint |
     """
     run = out / "run"
     if resume:
-        known = begun_with(out)
+        # an earlier version noted no digests: what is not known is taken to be the same
+        known = {**{name: about[name] for name in ("data_digests", "left_out")}, **begun_with(out)}
         if other := _differing(known, about):
             raise BadInput(
                 f"the run in {out} was begun with {_told(known, other)}, now it is {_told(about, other)}; give the "
@@ -58,6 +61,16 @@ def begun_with(out: Path) -> dict[str, Any]:
         return {"start": None, **about, "settings": asdict(TrainSettings(**about["settings"]))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} cannot be read ({error}); begin a run in another folder") from error
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """What tells a file's examples from others: 16 hex digits over all that is learnt from them, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        documents = [(document.title, document.text) for document in example.documents]
+        told = [example.question, example.answers, documents, sorted(example.gold), example.is_whole]
+        digest.update(json.dumps(told).encode())
+    return digest.hexdigest()[:16]
 
 
 def started_from(out: Path) -> Checkpoint | None:
@@ -148,4 +161,10 @@ def _first_digits(start: Mapping[str, Any] | None) -> str:
 
 
 def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
-    return {**about.get("settings", {}), **{name: value for name, value in about.items() if name != "settings"}}
+    """Settings and all else by name; data in their order, which decides what a step draws."""
+    flat = {**about.get("settings", {}), **about}
+    if "data" in flat:
+        flat["data"] = ", ".join(f"{name} ({number})" for name, number in about["data"].items())
+    digests = flat.pop("data_digests", {})
+    flat.pop("settings", None)
+    return {**flat, **{f"data digest of {name}": digest for name, digest in digests.items()}}

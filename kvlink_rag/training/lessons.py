@@ -38,7 +38,7 @@ def make_lessons(examples: Sequence[Example], *, max_turns: int) -> list[Lesson]
     An example whose supporting documents all stand in another's documents is asked there too, up to max_turns
     questions in a lesson: the context is read once for all of them. No answer depends on which others are asked.
     """
-    asked = [_asked(example) for example in examples]
+    asked = [asked_of(example) for example in examples]
     needing: dict[str, list[int]] = defaultdict(list)  # by the first, in order of text, of what is needed
     for number, item in enumerate(asked):
         if item.needs:
@@ -78,6 +78,7 @@ def draw(lesson: Lesson, rng: random.Random, *, min_documents: int, max_document
     return replace(lesson, documents=tuple(documents), asked=tuple(asked))
 
 
-def _asked(example: Example) -> Asked:
+def asked_of(example: Example) -> Asked:
+    """What an example asks."""
     needs = frozenset(example.documents[place].text for place in example.gold)
     return Asked(example.question, example.answers[0] if example.answers else "", needs, example.is_whole)

@@ -15,6 +15,7 @@ from kvlink_rag.questions import system_for
 from kvlink_rag.training.layout import Turn, lay_out
 from kvlink_rag.training.learner import Step
 from kvlink_rag.training.lessons import Asked, Lesson, draw
+from kvlink_rag.types import Document
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,55 @@ class StepSettings:
     with_teacher: bool
 
 
+class Room:
+    """What a context has room for: max_tokens of documents, and the model's window for these and all around them."""
+
+    def __init__(self, encoder: Encoder, settings: StepSettings):
+        self._encoder, self._settings = encoder, settings
+        self.end = stop_ids(encoder.model.tokenizer) or encoder.model.end_ids[:1]  # of an answer
+        self._documents: dict[tuple[str | None, str], int] = {}  # tokens by title and text
+        self._scaffolds: dict[str | None, int] = {}  # tokens around a question by system message
+
+    def __str__(self) -> str:
+        window = self._encoder.model.max_positions
+        return f"max_tokens {self._settings.max_tokens} or the model's window of {window} tokens"
+
+    def fits(self, item: Asked, documents: Sequence[Document]) -> bool:
+        """Whether a question can be asked of what it needs among documents; where that is unknown, of each alone."""
+        lengths = [self._length(document) for document in documents if not item.needs or document.text in item.needs]
+        return self.takes(lengths if item.needs else sorted(lengths)[-1:], self.around(item, documents))
+
+    def takes(self, lengths: Sequence[int], num_around: int) -> bool:
+        """Whether documents of so many tokens each fit, links behind them and so many tokens around them."""
+        num_tokens, num_links = sum(lengths), len(lengths) * self._settings.num_links
+        window = self._encoder.model.max_positions
+        return num_tokens <= self._settings.max_tokens and num_tokens + num_links + num_around <= window
+
+    def around(self, item: Asked, documents: Sequence[Document]) -> int:
+        """Tokens of the prompt's prefix, the question and the answer."""
+        tokenizer, system = self._encoder.model.tokenizer, system_for(documents)
+        if system not in self._scaffolds:
+            prompt = build_prompt(tokenizer, [{"role": "user", "content": "?"}], [], system=system)
+            self._scaffolds[system] = len(prompt.ids) - tokenizer.count("?")
+        num_words = tokenizer.count(item.question) + tokenizer.count(item.answer)
+        return self._scaffolds[system] + num_words + (len(self.end) if item.is_whole else 0)
+
+    def _length(self, document: Document) -> int:
+        key = (document.title, document.text)
+        if key not in self._documents:
+            self._documents[key] = len(self._encoder.token_ids(chunk_text(document.text, document.title)))
+        return self._documents[key]
+
+
 class Steps(Dataset[Step]):
-    """`size` steps. Step n depends on nothing but the seed and n, so that training resumes where it stopped."""
+    """`size` steps. Step n depends on nothing but the seed and n, so that training resumes where it stopped.
+
+    Every lesson's own question must fit the lesson's documents (`Room.fits`).
+    """
 
     def __init__(self, pools: Sequence[Pool], encoder: Encoder, settings: StepSettings, *, size: int, seed: int):
         self._encoder, self._settings, self._seed = encoder, settings, seed
+        self._room = Room(encoder, settings)
         self._drawn = self._schedule(pools, size)
 
     def __len__(self) -> int:
@@ -55,25 +100,25 @@ class Steps(Dataset[Step]):
         return self.step(lesson, causal=rng.random() < chosen.causal_share)
 
     def step(self, lesson: Lesson, *, causal: bool = False) -> Step:
-        """A lesson in token ids, exactly as it would be served; documents beyond max_tokens are left out.
+        """A lesson in token ids, exactly as it would be served; what there is no room for is left out.
 
-        Those that its first question needs are the last to be left out: nothing is taught without its evidence.
+        The documents that its first question needs are the last to be left out, and questions go with theirs: nothing
+        is taught without its evidence.
         """
-        encoder, chosen = self._encoder, self._settings
-        texts = [chunk_text(document.text, document.title) for document in lesson.documents]
-        documents, needs = lesson.documents, lesson.asked[0].needs
+        encoder, chosen, room, documents = self._encoder, self._settings, self._room, lesson.documents
+        first = next(item for item in lesson.asked if room.fits(item, documents))
+        num_around = room.around(first, documents)
         fitting: dict[int, tuple[int, ...]] = {}  # by place
-        total = 0
-        for place in sorted(range(len(texts)), key=lambda place: documents[place].text not in needs):
-            ids = encoder.token_ids(texts[place])
-            total += len(ids)
-            if total > chosen.max_tokens and fitting:
+        for place in sorted(range(len(documents)), key=lambda place: documents[place].text not in first.needs):
+            ids = encoder.token_ids(chunk_text(documents[place].text, documents[place].title))
+            if not room.takes([*map(len, fitting.values()), len(ids)], num_around):
                 break
             fitting[place] = ids
         chunk_ids = [ids for _, ids in sorted(fitting.items())]
-        kept = {documents[place].text for place in fitting}
-        asked = [item for item in lesson.asked if item.needs <= kept] or list(lesson.asked[:1])
-        prefix_ids, turns = self._turns(asked, system_for(lesson.documents))
+        lengths, kept = [len(ids) for ids in chunk_ids], {documents[place].text for place in fitting}
+        supported = [item for item in lesson.asked if item.needs <= kept]
+        asked = [item for item in supported if room.takes(lengths, room.around(item, documents))]
+        prefix_ids, turns = self._turns(asked, system_for(documents))
         num_links = 0 if causal else chosen.num_links
         linked = lay_out(
             prefix_ids,
@@ -89,13 +134,12 @@ class Steps(Dataset[Step]):
 
     def _turns(self, asked: Sequence[Asked], system: str | None) -> tuple[tuple[int, ...], list[Turn]]:
         tokenizer = self._encoder.model.tokenizer
-        end = stop_ids(tokenizer) or self._encoder.model.end_ids[:1]
         prefix: tuple[int, ...] = ()
         turns = []
         for item in asked:
             prompt = build_prompt(tokenizer, [{"role": "user", "content": item.question}], [], system=system)
             prefix = prompt.prefix_ids
-            answer_ids = (*tokenizer.plain_ids(item.answer), *(end if item.is_whole else ()))
+            answer_ids = (*tokenizer.plain_ids(item.answer), *(self._room.end if item.is_whole else ()))
             turns.append(Turn(prompt.question_ids, answer_ids))
         return prefix, turns
 

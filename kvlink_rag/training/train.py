@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -22,12 +23,14 @@ from kvlink_rag.model import LanguageModel
 from kvlink_rag.questions import Example
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.training.export import base, begin, export
+from kvlink_rag.training.export import base, begin, data_digest, export
 from kvlink_rag.training.learner import OVER_STORED
-from kvlink_rag.training.lessons import make_lessons
+from kvlink_rag.training.lessons import asked_of, make_lessons
 from kvlink_rag.training.start import check_start, make_learner, provenance
-from kvlink_rag.training.steps import Pool, Steps, StepSettings
+from kvlink_rag.training.steps import Pool, Room, Steps, StepSettings
 from kvlink_rag.training.trainer import Report, TrainSettings, run
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -100,11 +103,6 @@ def _train(
 ) -> dict[str, Any]:
     started = time.monotonic()
     encoder = Encoder(model)
-    pools = [
-        Pool(make_lessons(examples, max_turns=settings.max_turns), weights.get(name, 1.0))
-        for name, examples in data.items()
-        if examples
-    ]
     step_settings = StepSettings(
         num_links=settings.num_link_tokens,
         num_slots=settings.slots,
@@ -114,6 +112,12 @@ def _train(
         causal_share=settings.causal_share,
         with_teacher=settings.with_teacher,
     )
+    fitting = _fitting(data, Room(encoder, step_settings))
+    pools = [
+        Pool(make_lessons(examples, max_turns=settings.max_turns), weights.get(name, 1.0))
+        for name, examples in fitting.items()
+        if examples
+    ]
     steps = Steps(
         pools, encoder, step_settings, size=settings.steps * settings.batch * settings.accumulate, seed=settings.seed
     )
@@ -123,6 +127,8 @@ def _train(
         "chunk_template": encoder.recipe.chunk_template,
         "encoding_prefix": encoder.recipe.encoding_prefix,
         "data": {name: len(examples) for name, examples in data.items()},
+        "data_digests": {name: data_digest(examples) for name, examples in data.items()},
+        "left_out": {name: num for name, found in fitting.items() if (num := len(data[name]) - len(found))},
         "weights": dict(weights),
         "settings": asdict(settings),
         "start": provenance(start) if start else None,
@@ -135,5 +141,24 @@ def _train(
         # under a name of its own: encoded in any company, so never to be served
         kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
         learner = make_learner(model, KVSource(encoder, kvs), settings, start)
-        log = run(learner, steps, settings, out / "run" / "trainer", resume=resume, report=report)
-    return export(learner, out, {**about, "seconds": round(time.monotonic() - started)}, settings.steps, log)
+        curve, seconds = run(
+            learner, steps, settings, out / "run" / "trainer", started=started, resume=resume, report=report
+        )
+    took = {} if seconds is None else {"seconds": round(seconds)}
+    return export(learner, out, {**about, **took}, settings.steps, curve)
+
+
+def _fitting(data: Mapping[str, Sequence[Example]], room: Room) -> dict[str, list[Example]]:
+    """The examples that there is room for; the others are said. Raises BadInput where none is left."""
+    fitting = {name: [e for e in examples if room.fits(asked_of(e), e.documents)] for name, examples in data.items()}
+    missing = ", ".join(
+        f"{len(data[name]) - len(found)} of {len(data[name])} in {name}"
+        for name, found in fitting.items()
+        if len(found) < len(data[name])
+    )
+    why = f"{missing}: what each needs, with question and answer, goes beyond {room}"
+    if not any(fitting.values()):
+        raise BadInput(f"none of the examples fits, {why}; give shorter documents, or a larger max_tokens")
+    if missing:
+        log.warning("examples left out, %s", why)
+    return fitting

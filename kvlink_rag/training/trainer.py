@@ -21,6 +21,7 @@ from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
 from kvlink_rag.training.steps import Steps
 
 TRAINED = "trained.safetensors"
+SECONDS = "seconds.json"  # beside it: how long the run had taken by then, all its sessions together
 _AFTER_DIVERGING = (
     "start anew in another folder, with a lower learning rate or in float32; --export writes what was saved before"
 )
@@ -77,11 +78,19 @@ class TrainSettings:
 
 
 def run(
-    learner: Learner, steps: Steps, settings: TrainSettings, folder: Path, *, resume: bool, report: Report
-) -> list[dict[str, Any]]:
-    """Train `learner` in place and return the log: one entry per logged step.
+    learner: Learner,
+    steps: Steps,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    started: float,
+    resume: bool,
+    report: Report,
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Train `learner` in place; the log, one entry per logged step, and how many seconds the run has taken.
 
-    folder keeps what resuming needs. Raises Diverged.
+    folder keeps what resuming needs. started: time.monotonic() when this session began. The seconds are those of all
+    sessions, None where an earlier version did not count those of the first. Raises Diverged.
     """
     device = learner.model.device.type
     arguments = TrainingArguments(
@@ -117,18 +126,21 @@ def run(
     trainer.remove_callback(PrinterCallback)
     trainer.objective = OBJECTIVES[settings.objective]
     last = _last_checkpoint(folder) if resume else None
+    before = _seconds_at(last) if last else 0.0
+    trainer.seconds = lambda: None if before is None else before + time.monotonic() - started
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except (KeyboardInterrupt, Cancelled):
         trainer._save_checkpoint(learner, trial=None)
         raise
-    return list(trainer.state.log_history)
+    return list(trainer.state.log_history), trainer.seconds()
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
     """The library's, saving and loading only what is trained, in safetensors."""
 
     objective: Any = None
+    seconds: Callable[[], float | None]  # that the run has taken so far
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(inputs["steps"], self.objective)
@@ -150,6 +162,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
             )
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TRAINED)
+        (folder / SECONDS).write_text(json.dumps(self.seconds()), "utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(model or self.model, Path(resume_from_checkpoint) / TRAINED)
@@ -229,3 +242,10 @@ def _as_is(steps: Sequence[Step]) -> dict[str, Any]:
 def _last_checkpoint(folder: Path) -> Path | None:
     found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _seconds_at(saved: Path) -> float | None:
+    """How long the run had taken when this was saved, if that is known."""
+    path = saved / SECONDS
+    seconds: float | None = json.loads(path.read_text("utf-8")) if path.exists() else None
+    return seconds
