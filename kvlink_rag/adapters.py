@@ -30,6 +30,10 @@ def merge(hf: Any, adapter: Path) -> Any:
     """`hf`, whose weights must be float32, with any PEFT adapter in it. Raises CheckpointMismatch."""
     from peft import PeftModel
 
+    if not adapter.is_dir():
+        raise CheckpointMismatch(
+            f"{adapter} is no readable adapter: there is no such folder; give that of a PEFT adapter"
+        )
     if not (adapter / WEIGHTS).is_file():  # PEFT would take a pickle instead, which no digest names
         raise CheckpointMismatch(f"{adapter} is no readable adapter: it holds no {WEIGHTS}; save it in that form")
     try:

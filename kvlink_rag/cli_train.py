@@ -74,6 +74,9 @@ def train(
     min_docs: Annotated[int, typer.Option("--min-docs", help="Fewest documents in a context.", min=1)] = 2,
     max_docs: Annotated[int, typer.Option("--max-docs", help="Most documents in a context.", min=1)] = 10,
     max_turns: Annotated[int, typer.Option("--max-turns", help="Most questions asked of one context.", min=1)] = 16,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Most tokens of a context's documents.", min=1)
+    ] = 2048,
     causal_share: Annotated[
         float, typer.Option("--causal-share", help="Part of the contexts read by a full prefill.", min=0, max=1)
     ] = 0.0,
@@ -127,6 +130,7 @@ def train(
         min_docs=min_docs,
         max_docs=max_docs,
         max_turns=max_turns,
+        max_tokens=max_tokens,
         causal_share=causal_share,
         steps=steps,
         batch=batch,

@@ -238,7 +238,8 @@ class VectorIndex:
         import faiss
 
         with self._lock:
-            if self._faiss is None or self._is_behind() or self.get_meta("faiss_digest"):
+            is_saved = self.get_meta("faiss_digest") and (self._folder / "index.faiss").exists()
+            if self._faiss is None or self._is_behind() or is_saved:
                 return
             data = faiss.serialize_index(self._faiss).tobytes()
             with self._transaction():

@@ -56,7 +56,7 @@ class LanguageModel:
         the adapters in hf and in reader. origin is that of the file they were
         converted from, if any.
         """
-        if getattr(hf, "_hf_peft_config_loaded", False):  # its settings are in no digest of the tensors
+        if hasattr(hf, "peft_config") or getattr(hf, "_hf_peft_config_loaded", False):  # no tensor tells its settings
             raise UnsupportedModel("an adapter is loaded into this model; merge it, or load the model with adapter=")
         config = hf.config.get_text_config()
         self.hf = hf.eval()
@@ -328,7 +328,10 @@ def adapter_digest_of(folder: Path) -> str:
 
 def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
     if (folder / "adapter_config.json").exists():  # transformers would apply it, and no digest of the weights names it
-        raise BadInput(f"{folder} holds an adapter beside the model; move it to a folder of its own, given as adapter")
+        raise BadInput(
+            f"{folder} holds an adapter beside the model (adapter_config.json); give the model in a folder without it, "
+            f"and the adapter in one of its own, as adapter"
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

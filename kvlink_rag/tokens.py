@@ -34,6 +34,7 @@ class TextTokenizer:
             token_id for token_id, token in added.items() if token.special or str(token.content).strip()
         )
         self.digest, self._plain = _digest_and_plain(backend.to_str(), self.control_ids)
+        self._is_byte_level = self._plain.normalizer is None and "ByteLevel" in str(self._plain.pre_tokenizer)
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
@@ -65,6 +66,10 @@ class TextTokenizer:
     def count(self, text: str) -> int:
         """Number of tokens of plain text."""
         return len(self.plain_ids(text))
+
+    def at_most(self, text: str) -> int:
+        """A number that `count` is not above; found without counting where every token stands for a byte or more."""
+        return len(text.encode("utf-8", "replace")) + 1 if self._is_byte_level else self.count(text)
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Start and end character of every plain token."""

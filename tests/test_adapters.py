@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import build_hf, byte_tokenizer
 
@@ -103,10 +103,24 @@ def test_an_adapter_within_the_models_own_folder_is_refused(adapter, tmp_path):
     byte_tokenizer().save_pretrained(folder)
     with pytest.raises(BadInput, match="holds an adapter beside the model"):
         LanguageModel.load(folder, dtype="float32")
-    applied = build_hf("llama")
-    applied.load_adapter(str(folder))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda hf, folder: (hf.load_adapter(folder), hf)[1],
+        PeftModel.from_pretrained,
+        lambda hf, folder: PeftModel.from_pretrained(hf, folder).base_model.model,
+    ],
+    ids=["by transformers", "by PEFT", "what PEFT wraps"],
+)
+def test_a_model_with_an_adapter_loaded_into_it_is_refused(adapter, apply):
+    """The digest of its tensors does not tell how the adapter is weighed; merged, it does."""
+    applied = apply(build_hf("llama"), str(adapter()))
     with pytest.raises(UnsupportedModel, match="an adapter is loaded into this model"):
         LanguageModel(applied, byte_tokenizer())
+    merged = PeftModel.from_pretrained(build_hf("llama"), str(adapter())).merge_and_unload()
+    assert LanguageModel(merged, byte_tokenizer()).weights != LanguageModel(build_hf("llama"), byte_tokenizer()).weights
 
 
 def test_an_adapter_of_another_model_or_none_is_refused(adapter, tmp_path):

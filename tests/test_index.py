@@ -202,6 +202,18 @@ def test_a_search_index_that_cannot_be_saved_is_rebuilt(index, tmp_path):
     assert sorted(text for text, _ in hits_after_reopening(tmp_path)) == ["text 1", "text 2"]
 
 
+def test_after_a_change_that_was_not_committed_the_search_index_is_saved_again(index, tmp_path):
+    """The change had taken the file away; what the database says of it came back."""
+    add(index, "one", 1)
+    assert best(index, 1) == "text 1"
+    index.save()
+    with reader_in_the_middle(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+        add(index, "two", 2)
+    assert best(index, 1) == "text 1"
+    index.save()
+    assert (tmp_path / "index.faiss").exists()
+
+
 def test_what_a_killed_process_left_of_a_search_index_goes_with_the_next_one(index, tmp_path):
     """Under the name it has now, and under the one of earlier versions."""
     add(index, "one", 1)

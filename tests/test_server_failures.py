@@ -79,7 +79,8 @@ def test_an_upload_that_breaks_says_so_and_the_next_one_is_read(server, client, 
 
 
 def test_an_upload_names_what_it_added_also_texts_without_a_name(client):
-    job = ingest(client, json={"documents": [{"text": "The mole is long."}, {"text": "The weir is short.", "id": "w"}]})
+    upload = {"documents": [{"text": "The mole is long."}, {"text": "The weir is short.", "id": "w"}]}
+    job = ingest(client, json=upload)
     assert len(job["documents"]) == 2 and job["documents"][1] == "w"
     for document_id in job["documents"]:
         assert client.delete(f"/v1/documents/{document_id}").status_code == 200

@@ -73,10 +73,12 @@ def test_a_file_in_place_of_the_folder_is_no_store(tmp_path):
 def test_a_folder_with_other_files_is_not_taken_over(tmp_path):
     """Only an empty, a new or an own folder becomes a store, and stays one."""
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(NotAStore, match="holds other files"):
-        open_folder(tmp_path / "full")
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    for name in ("thesis.txt", "store.backup.tmp"):
+        (tmp_path / "full" / name).write_text("mine")
+        with pytest.raises(NotAStore, match="holds other files"):
+            open_folder(tmp_path / "full")
+        assert [path.name for path in (tmp_path / "full").iterdir()] == [name]
+        (tmp_path / "full" / name).unlink()
     for _ in range(2):
         assert open_folder(tmp_path / "new") == tmp_path / "new"
     for manifest in ("{", "[]", '{"kvlink_store": 99}', "\0"):

@@ -98,3 +98,10 @@ def test_a_tokenizer_without_a_backend_is_refused():
     """The two sides need a fast tokenizer; the message says so."""
     with pytest.raises(UnsupportedModel, match="fast"):
         TextTokenizer(object())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "The ferry leaves at nine.", "\n\n  deux  cafés, naïve Straße", "日本語 🚢", "\ufdfa" * 3]
+)
+def test_at_most_is_never_below_the_count(tokenizer, text):
+    assert tokenizer.at_most(text) >= tokenizer.count(text)

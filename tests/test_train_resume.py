@@ -11,6 +11,7 @@ from boxes import examples, settings
 
 from kvlink_rag import LanguageModel
 from kvlink_rag.errors import BadInput
+from kvlink_rag.training.export import export_saved
 from kvlink_rag.training.train import train
 from kvlink_rag.types import Document
 
@@ -52,6 +53,8 @@ def test_the_seconds_of_a_run_are_those_of_all_its_sessions(end, num_long, clock
 
     with pytest.raises(end):
         session(base, tmp_path / "out", report=long_steps_and_an_end)
+    exported = export_saved(LanguageModel.load(base, dtype="float32"), tmp_path / "out")
+    assert (num_long - 1) * LONG <= exported["seconds"] < num_long * LONG
     about = session(base, tmp_path / "out", report=one_long_step, resume=True)
     assert num_long * LONG <= about["seconds"] < (num_long + 1) * LONG
     assert json.loads((tmp_path / "out" / "kvlink.json").read_text("utf-8"))["seconds"] == about["seconds"]

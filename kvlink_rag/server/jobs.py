@@ -110,6 +110,7 @@ class Ingestions:
         assert job.read is not None
         progress("reading", 0, 0)
         documents, job.skipped = job.read()
+        job.documents = [document.id for document in documents if document.id]  # till it is known what was added
         if not documents:
             raise NothingToAdd("no file gave a document: " + "; ".join(job.skipped[:5]))
         report = job.rag.add(documents, progress=progress)

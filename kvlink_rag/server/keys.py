@@ -42,7 +42,10 @@ class Keys:
                 continue
             key, name, *more = *words, *([PUBLIC] if len(words) == 1 else [])
             if more or not _NAMESPACE.fullmatch(name):
-                raise BadInput(f"{path}:{number}: give a key and, behind a space, a namespace of a-z, 0-9, _ and -")
+                raise BadInput(
+                    f"{path}:{number}: give a key and, behind a space, a namespace of a-z, 0-9, _ and -; a comment "
+                    "begins with a # behind a space"
+                )
             if len(key) < MIN_KEY_CHARS or not key.isascii():
                 raise BadInput(f"{path}:{number}: a key needs at least {MIN_KEY_CHARS} ASCII characters")
             if key in namespaces:

@@ -314,9 +314,10 @@ class DiskStore:
     def _make_room(self, num_bytes: int) -> None:
         """Evict the least recently used entries until num_bytes fit the budget. Raises StoreFull."""
         assert self._cache is not None
-        self._expire()
+        is_due = time.monotonic() - self._uses_flushed > USES_KEPT_S
+        self._expire(all_rows=is_due)
         over = self.size_bytes() + num_bytes - self.max_bytes
-        if over > 0 or time.monotonic() - self._uses_flushed > USES_KEPT_S:
+        if over > 0 or is_due:
             self._flush_uses()
         while over > 0:
             query = f"SELECT key, size FROM Cache WHERE {IS_OURS} ORDER BY access_time LIMIT 256"
@@ -331,11 +332,11 @@ class DiskStore:
             self.counters.evicted += evicted
             self._say("evicted", f"the store's budget of {self.max_bytes:,} bytes is used up: old entries make room")
 
-    def _expire(self) -> int:
-        """Remove the entries whose time is over; how many there were."""
+    def _expire(self, all_rows: bool = True) -> int:
+        """Remove the entries whose time is over, or those among them that an index finds; how many there were."""
         if self._cache is None or self.ttl_s is None:
             return 0
-        expired = self._remove(keys_over(self._cache, self.ttl_s))
+        expired = self._remove(keys_over(self._cache, self.ttl_s if all_rows else None))
         self.counters.expired += expired
         return expired
 

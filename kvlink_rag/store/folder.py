@@ -12,7 +12,7 @@ from blake3 import blake3
 from kvlink_rag.config import DEFAULT_MAX_BYTES, StoreSettings
 from kvlink_rag.errors import CannotStore, NotAStore
 from kvlink_rag.store.disk import DiskStore
-from kvlink_rag.store.kvdisk import replace
+from kvlink_rag.store.kvdisk import is_leftover, replace
 from kvlink_rag.store.lock import writer_lock
 from kvlink_rag.store.namespaces import SECRET
 from kvlink_rag.store.place import Place
@@ -63,7 +63,7 @@ def _make(path: Path, about: dict[str, Any]) -> None:
 
 def _is_beginning(name: str) -> bool:
     """Whether somebody who makes a store, or was killed while he did, has such a file before there is a manifest."""
-    return name == LOCK or (name.startswith("store.") and name.endswith(".tmp"))
+    return name == LOCK or is_leftover(name, MANIFEST)
 
 
 def open_entries(folder: Path, limits: StoreSettings) -> DiskStore:

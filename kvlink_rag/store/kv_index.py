@@ -176,9 +176,9 @@ def _row(cache: Cache, key: str, ttl_s: float | None) -> tuple[Any, Any, Any] | 
     return row
 
 
-def keys_over(cache: Cache, ttl_s: float) -> list[str]:
-    """Keys of the entries whose time is over: the one they were put for, or ttl_s."""
-    query = f"SELECT key FROM Cache WHERE {_IS_OVER}"
+def keys_over(cache: Cache, ttl_s: float | None) -> list[str]:
+    """Keys of the entries whose time is over: the one they were put for, which an index finds, or ttl_s."""
+    query = f"SELECT key FROM Cache WHERE {'expire_time <= :now' if ttl_s is None else _IS_OVER}"
     return [row[0] for row in cache._sql(query, {"now": time.time(), "ttl_s": ttl_s})]
 
 

@@ -111,8 +111,15 @@ def replace(path: Path, data: bytes) -> None:
     """Publish under a name that is used again, under a lock: what killed writers left half written there goes."""
     for leftover in path.parent.glob(f"{path.stem}.*tmp"):
         with contextlib.suppress(OSError):
-            leftover.unlink(missing_ok=True)
+            if is_leftover(leftover.name, path.name):
+                leftover.unlink(missing_ok=True)
     publish(path, data)
+
+
+def is_leftover(name: str, published: str) -> bool:
+    """Whether a file of that name is what a killed writer left of one to be published, also one of earlier versions."""
+    stem = re.escape(published.split(".")[0])
+    return re.fullmatch(rf"{stem}(\.[0-9a-f]{{16}})?\.tmp", name) is not None
 
 
 def open_entry_file(path: Path) -> FileIO:

@@ -102,8 +102,9 @@ def export_saved(model: LanguageModel, out: str | Path) -> dict[str, Any]:
 
     def work(job: Job) -> dict[str, Any]:
         learner = make_learner(model, None, settings, started_from(out))
-        step, log = load_last(learner, out / "run" / "trainer")
-        return export(learner, out, about, step, log)
+        step, log, seconds = load_last(learner, out / "run" / "trainer")
+        took = {} if seconds is None else {"seconds": round(seconds)}
+        return export(learner, out, {**about, **took}, step, log)
 
     return compute.run(work)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import Dataset
@@ -45,7 +45,7 @@ class Room:
     def __init__(self, encoder: Encoder, settings: StepSettings):
         self._encoder, self._settings = encoder, settings
         self.end = stop_ids(encoder.model.tokenizer) or encoder.model.end_ids[:1]  # of an answer
-        self._documents: dict[tuple[str | None, str], int] = {}  # tokens by title and text
+        self._template = len(encoder.token_ids(""))  # tokens of a chunk around its text
         self._scaffolds: dict[str | None, int] = {}  # tokens around a question by system message
 
     def __str__(self) -> str:
@@ -54,8 +54,13 @@ class Room:
 
     def fits(self, item: Asked, documents: Sequence[Document]) -> bool:
         """Whether a question can be asked of what it needs among documents; where that is unknown, of each alone."""
-        lengths = [self._length(document) for document in documents if not item.needs or document.text in item.needs]
-        return self.takes(lengths if item.needs else sorted(lengths)[-1:], self.around(item, documents))
+        tokenizer = self._encoder.model.tokenizer
+        return self._fits(item, documents, tokenizer.at_most) or self._fits(item, documents, tokenizer.count)
+
+    def _fits(self, item: Asked, documents: Sequence[Document], count: Callable[[str], int]) -> bool:
+        needed = [document for document in documents if not item.needs or document.text in item.needs]
+        lengths = [count(chunk_text(each.text, each.title)) + self._template for each in needed]
+        return self.takes(lengths if item.needs else sorted(lengths)[-1:], self.around(item, documents, count))
 
     def takes(self, lengths: Sequence[int], num_around: int) -> bool:
         """Whether documents of so many tokens each fit, links behind them and so many tokens around them."""
@@ -63,20 +68,15 @@ class Room:
         window = self._encoder.model.max_positions
         return num_tokens <= self._settings.max_tokens and num_tokens + num_links + num_around <= window
 
-    def around(self, item: Asked, documents: Sequence[Document]) -> int:
-        """Tokens of the prompt's prefix, the question and the answer."""
+    def around(self, item: Asked, documents: Sequence[Document], count: Callable[[str], int] | None = None) -> int:
+        """Tokens of the prompt's prefix, the question and the answer, by another `count` than the tokenizer's own."""
         tokenizer, system = self._encoder.model.tokenizer, system_for(documents)
         if system not in self._scaffolds:
             prompt = build_prompt(tokenizer, [{"role": "user", "content": "?"}], [], system=system)
             self._scaffolds[system] = len(prompt.ids) - tokenizer.count("?")
-        num_words = tokenizer.count(item.question) + tokenizer.count(item.answer)
+        count = count or tokenizer.count
+        num_words = count(item.question) + count(item.answer)
         return self._scaffolds[system] + num_words + (len(self.end) if item.is_whole else 0)
-
-    def _length(self, document: Document) -> int:
-        key = (document.title, document.text)
-        if key not in self._documents:
-            self._documents[key] = len(self._encoder.token_ids(chunk_text(document.text, document.title)))
-        return self._documents[key]
 
 
 class Steps(Dataset[Step]):

@@ -84,7 +84,7 @@ def train(
             job.check()
             report(figures)
 
-        return _train(model, data, out, settings, weights, checkpoint, resume, folder, int(kv_gib * GIB), checked)
+        return _train(model, data, out, settings, weights, checkpoint, resume, folder, int(kv_gib * GIB), checked, job)
 
     return compute.run(work)
 
@@ -100,6 +100,7 @@ def _train(
     kv_folder: Path,
     kv_bytes: int,
     report: Report,
+    job: Job,
 ) -> dict[str, Any]:
     started = time.monotonic()
     encoder = Encoder(model)
@@ -112,7 +113,7 @@ def _train(
         causal_share=settings.causal_share,
         with_teacher=settings.with_teacher,
     )
-    fitting = _fitting(data, Room(encoder, step_settings))
+    fitting = _fitting(data, Room(encoder, step_settings), job)
     pools = [
         Pool(make_lessons(examples, max_turns=settings.max_turns), weights.get(name, 1.0))
         for name, examples in fitting.items()
@@ -148,9 +149,14 @@ def _train(
     return export(learner, out, {**about, **took}, settings.steps, curve)
 
 
-def _fitting(data: Mapping[str, Sequence[Example]], room: Room) -> dict[str, list[Example]]:
+def _fitting(data: Mapping[str, Sequence[Example]], room: Room, job: Job) -> dict[str, list[Example]]:
     """The examples that there is room for; the others are said. Raises BadInput where none is left."""
-    fitting = {name: [e for e in examples if room.fits(asked_of(e), e.documents)] for name, examples in data.items()}
+
+    def fits(example: Example) -> bool:
+        job.check()
+        return room.fits(asked_of(example), example.documents)
+
+    fitting = {name: list(filter(fits, examples)) for name, examples in data.items()}
     missing = ", ".join(
         f"{len(data[name]) - len(found)} of {len(data[name])} in {name}"
         for name, found in fitting.items()

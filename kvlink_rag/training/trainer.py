@@ -168,14 +168,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
         load_trained(model or self.model, Path(resume_from_checkpoint) / TRAINED)
 
 
-def load_last(learner: Learner, folder: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Put what the run in `folder` saved last into `learner`; at which step that was, and the log. Raises BadInput."""
+def load_last(learner: Learner, folder: Path) -> tuple[int, list[dict[str, Any]], float | None]:
+    """Put what the run in `folder` saved last into `learner`; its step, its log and its seconds. Raises BadInput."""
     last = _last_checkpoint(folder)
     if last is None:
         raise BadInput(f"the run in {folder} has saved nothing yet; let it run for longer than --save-minutes")
     load_trained(learner, last / TRAINED)
     state = json.loads((last / "trainer_state.json").read_text("utf-8"))
-    return state["global_step"], state["log_history"]
+    return state["global_step"], state["log_history"], _seconds_at(last)
 
 
 def trained_tensors(learner: Learner) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ class ChatKVLink(BaseChatModel):
     """Folder of the stored KV; made if it is missing."""
     engine: Any = Field(default=None, exclude=True, repr=False)
     """Instead of `model` and `store`: a KVLinkEngine, or a vector store or chat model of this package to share with."""
+    attached: Any = Field(default=None, exclude=True, repr=False)
+    """Made by the model itself: what it shares with the models that LangChain makes of its fields."""
     adapter: str | Path | None = None
     """A PEFT folder."""
     links: str | Path | None = None
@@ -77,7 +79,7 @@ class ChatKVLink(BaseChatModel):
             values["max_tokens"] = values.pop("max_new_tokens")
         known = {field.alias or name for name, field in cls.model_fields.items()} | cls.model_fields.keys()
         if unknown := sorted(values.keys() - known):
-            own = ", ".join(sorted(ChatKVLink.__annotations__.keys() - {"model_config", "_shared"}))
+            own = ", ".join(sorted(ChatKVLink.__annotations__.keys() - {"model_config", "_shared", "attached"}))
             raise ValueError(f"unknown arguments {', '.join(unknown)}; ChatKVLink has {own}")
         return values
 
@@ -88,14 +90,12 @@ class ChatKVLink(BaseChatModel):
         )
         fields = {name: getattr(self, name) for name in _LOAD_OPTIONS}
         to_load = fields if self.linking is None else {**fields, "linking": self.linking}
-        if isinstance(self.engine, Attached):  # LangChain makes a configured model of another's fields
-            self._shared, was_given = SharedEngine.again(self.engine, fields, to_load), self.engine.was_given
-        elif was_given := self.engine is not None:
-            given = {name: value for name, value in fields.items() if name in self.model_fields_set}
-            self._shared = SharedEngine.of(self.engine, given)
-        else:
-            self._shared = SharedEngine.of(None, to_load)
-        self.engine = Attached(self._shared, fields, was_given)
+        if self.attached is not None:  # LangChain makes a configured model of another's fields
+            self._shared = self.attached.engine_of(self.engine, fields, to_load)
+            return self
+        given = {name: value for name, value in fields.items() if name in self.model_fields_set}
+        self._shared = SharedEngine.of(self.engine, to_load if self.engine is None else given)
+        self.attached = Attached(self.engine, fields, self._shared)
         return self
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,19 +38,6 @@ class SharedEngine:
             )
         return cls(lambda: engine, engine)
 
-    @classmethod
-    def again(cls, attached: Attached, fields: dict[str, Any], load_options: dict[str, Any]) -> SharedEngine:
-        """The engine of a chat model that is made anew from another's fields; one to be loaded if these differ.
-
-        fields: of the new one, as `attached` has the other's. Raises ValueError where they differ beside an engine.
-        """
-        differing = sorted(name for name, value in fields.items() if value != attached.fields[name])
-        if not differing:
-            return attached.shared_engine
-        if attached.was_given:
-            raise ValueError(_clash(differing))
-        return cls.of(None, load_options)
-
     @property
     def loaded(self) -> KVLinkEngine | None:
         """The engine if it is loaded; never loads it."""
@@ -69,16 +55,28 @@ class SharedEngine:
         return await asyncio.to_thread(self.get) if self._engine is None else self._engine
 
 
-@dataclass(frozen=True)
 class Attached:
-    """The engine of a chat model among its fields, of which LangChain may make another one (`configurable_fields`).
+    """The engines of a chat model and of those that LangChain makes of its fields (`configurable_fields`)."""
 
-    fields: those that say what is loaded. was_given: by the user, rather than loaded by these.
-    """
+    def __init__(self, engine: Any, fields: dict[str, Any], shared: SharedEngine):
+        """engine: what the user gave. fields: those of the first model that say what is loaded. shared: its engine."""
+        self._engine, self._fields, self._shared = engine, fields, shared
+        self._loaded = {_told(fields): shared}
 
-    shared_engine: SharedEngine
-    fields: dict[str, Any]
-    was_given: bool
+    def engine_of(self, engine: Any, fields: dict[str, Any], load_options: dict[str, Any]) -> SharedEngine:
+        """The engine of a model with these fields, loaded once for all that have them.
+
+        Raises ValueError where they differ from the first one's beside an engine.
+        """
+        if engine is None:
+            return self._loaded.setdefault(_told(fields), SharedEngine.of(None, load_options))
+        if differing := sorted(name for name in fields if str(fields[name]) != str(self._fields[name])):
+            raise ValueError(_clash(differing))
+        return self._shared if engine is self._engine else SharedEngine.of(engine, {})
+
+
+def _told(fields: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(map(str, fields.values()))
 
 
 def _clash(names: list[str]) -> str:

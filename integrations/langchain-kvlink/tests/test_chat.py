@@ -234,9 +234,18 @@ def test_configured_fields_share_the_one_model(model_folder, tmp_path):
     assert [one.temperature for one in made] == [0.0, 0.5]
     assert made[0].shared_engine is made[1].shared_engine is chat.shared_engine
     assert open_to_change.with_config(configurable={"temperature": 0.5}).invoke(QUESTION).content
+
+
+def test_a_configured_store_is_opened_once(model_folder, tmp_path):
+    """A store for each tenant: its model is loaded at the first call, not at every one."""
+    chat = ChatKVLink(model=model_folder, store=tmp_path / "lazy", max_tokens=4)
     elsewhere = chat.configurable_fields(store=ConfigurableField("store"))
-    (other, _) = elsewhere._prepare({"configurable": {"store": tmp_path / "other"}})
-    assert other.shared_engine is not chat.shared_engine and other.store == tmp_path / "other"
+    others = [
+        elsewhere._prepare({"configurable": {"store": store}})[0] for store in (tmp_path / "a", str(tmp_path / "a"))
+    ]
+    assert others[0].shared_engine is others[1].shared_engine is not chat.shared_engine
+    assert others[1].store == str(tmp_path / "a")
+    assert elsewhere._prepare({"configurable": {"store": str(chat.store)}})[0].shared_engine is chat.shared_engine
 
 
 def test_configured_fields_keep_the_engine_that_was_given(engine, embeddings):
@@ -245,6 +254,7 @@ def test_configured_fields_keep_the_engine_that_was_given(engine, embeddings):
         open_to_change = chat.configurable_fields(temperature=ConfigurableField("temperature"))
         made, _ = open_to_change._prepare({"configurable": {"temperature": 0.5}})
         assert made.shared_engine.get() is engine and made.invoke(QUESTION).content
+        assert chat.engine is made.engine is given
         with pytest.raises(ValueError, match="store and engine exclude each other"):
             chat.configurable_fields(store=ConfigurableField("store"))._prepare({"configurable": {"store": "other"}})
 
