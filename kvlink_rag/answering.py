@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ class AnswerMaker:
         linked = time.perf_counter()
         read_s = loading.read_s if loading else {}
         is_reused = [loading is not None and loading.is_reused(ids) for ids in prompt.chunk_ids]
-        num_reused = sum(len(ids) for ids, reused in zip(prompt.chunk_ids, is_reused, strict=True) if reused)
+        taken_back = context.taken_back or [0] * len(is_reused)
+        kept = [len(ids) - num for ids, num in zip(prompt.chunk_ids, taken_back, strict=True)]
+        num_reused = sum(itertools.compress(kept, is_reused))
         num_reused += len(prompt.prefix_ids) if has_prefix else 0
         sources = tuple(
             Source(hit, len(ids), reused, read_s.get(ids, 0.0) if reused else 0.0)
@@ -144,7 +147,7 @@ class AnswerMaker:
             context,
             sources,
             tuple(given[num_kept:]),
-            max(0, num_reused - context.num_taken_back),
+            num_reused,
             retrieved - request.started,
             loading.seconds if loading else 0.0,
             linked,
@@ -153,7 +156,12 @@ class AnswerMaker:
     def _num_fitting(self, request: Request, given_ids: list[tuple[int, ...]], num_links: int) -> int:
         """How many of the given chunks, best first, fit the window beside the prompt and the answer."""
         window, room = self.model.max_positions, request.settings.max_new_tokens
-        in_place = request.prompt.chunk_ids
+        in_place, longest = request.prompt.chunk_ids, self._source.longest_chunk
+        if (most := max(map(len, in_place), default=0)) > longest:
+            raise PromptTooLong(
+                f"a document within the messages has {most} tokens; behind the encoding prefix the model's window of "
+                f"{window} has room for {longest}; cut it"
+            )
         needed = request.prompt.num_scaffold_tokens + sum(map(len, in_place)) + num_links * len(in_place)
         left = window - needed - room
         if left < 0:
@@ -163,6 +171,6 @@ class AnswerMaker:
             )
         for place, ids in enumerate(given_ids):
             left -= len(ids) + num_links
-            if left < 0:
+            if left < 0 or len(ids) > longest:
                 return place
         return len(given_ids)

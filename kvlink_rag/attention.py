@@ -7,6 +7,7 @@ same sums over the same numbers without a copy.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -19,9 +20,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from kvlink_rag.errors import BadInput
 
 GROUPED_SDPA = "kvlink_grouped_sdpa"
+WATCHED = "kvlink_watched"
+QUERIES_AT_ONCE = 256  # whose weights on all keys are in memory together, under `WATCHED`
 UNSEEN = -1e30  # a score that no softmax lets through
 
 
@@ -107,10 +112,54 @@ class Tempering:
         return (scores.softmax(-1).to(value.dtype)) @ value
 
 
+@dataclass
+class Watch:
+    """What the last `num_last` queries of a forward pay to each key: the mean over layers and heads, their sum."""
+
+    num_last: int
+    options: dict[str, bool]  # what the forward must be called with
+    num_layers: int = 0
+    total: Tensor | float = 0.0
+
+    def note(self, weights: Tensor) -> None:
+        """Add the weights [1, heads, queries, keys] of some of these queries, in one layer."""
+        self.total = self.total + weights[0].float().mean(0).sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """[keys]."""
+        if not isinstance(self.total, Tensor):
+            raise BadInput("recompute_question cannot see what this model's attention looks at; take another linking")
+        return self.total / self.num_layers
+
+
+def watched(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    """The model's own eager attention, a slice of the queries at a time, for the `Watch` of this thread.
+
+    transformers can only keep the weights of all layers together, which is layers * heads * queries * keys. Shapes are
+    those of `grouped_sdpa`.
+    """
+    homes = (vars(sys.modules[kind.__module__]) for kind in type(module).__mro__)
+    eager = next(home["eager_attention_forward"] for home in homes if "eager_attention_forward" in home)
+    watch, num_queries = _now.watch, query.shape[2]
+    assert watch is not None
+    watch.num_layers += 1
+    outputs = []
+    for start in range(0, num_queries, QUERIES_AT_ONCE):
+        part = slice(start, start + QUERIES_AT_ONCE)
+        output, weights = eager(module, query[:, :, part], key, value, mask[:, :, part], **kwargs)
+        outputs.append(output)  # [batch, queries, heads, head_dim]
+        if (num_before := max(0, num_queries - watch.num_last - start)) < weights.shape[2]:
+            watch.note(weights[:, :, num_before:])
+        del weights
+    return torch.cat(outputs, 1), None
+
+
 class _Now(threading.local):
     """What attention goes on under in this thread."""
 
     tempering: Tempering | None = None
+    watch: Watch | None = None
 
 
 _now = _Now()
@@ -124,6 +173,44 @@ def tempered(tempering: Tempering | None) -> Iterator[None]:
         yield
     finally:
         _now.tempering = before
+
+
+@contextmanager
+def watching(hf: Any, num_last: int) -> Iterator[Watch]:
+    """Watch what the last num_last queries of a forward of this model look at, in this thread."""
+    if not hf._can_set_attn_implementation():
+        with _hooked(hf, Watch(num_last, {"output_attentions": True})) as watch:
+            yield watch
+        return
+    AttentionInterface.register(WATCHED, watched)
+    AttentionMaskInterface.register(WATCHED, eager_mask)
+    chosen = hf.config._attn_implementation
+    _now.watch = Watch(num_last, {})
+    hf.set_attn_implementation(WATCHED)
+    try:
+        yield _now.watch
+    finally:
+        hf.set_attn_implementation(chosen)
+        _now.watch = None
+
+
+@contextmanager
+def _hooked(hf: Any, watch: Watch) -> Iterator[Watch]:
+    """Take each layer's weights as its attention returns them: for models that compute it their own way."""
+
+    def take(module: Any, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, tuple) or not isinstance(output[-1], Tensor) or output[-1].ndim != 4:
+            return output
+        watch.num_layers += 1
+        watch.note(output[-1][:, :, -watch.num_last :])
+        return (*output[:-1], None)  # nobody keeps them
+
+    hooks = [module.register_forward_hook(take, prepend=True) for module in hf.modules()]
+    try:
+        yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _LastMask(threading.local):

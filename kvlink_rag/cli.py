@@ -24,6 +24,7 @@ from kvlink_rag.cli_options import (
     Linking,
     Links,
     MaxGib,
+    MaxNewTokens,
     Model,
     Namespace,
     Precision,
@@ -33,7 +34,7 @@ from kvlink_rag.cli_options import (
 from kvlink_rag.cli_serve import serve
 from kvlink_rag.cli_store import bench_store, store_app
 from kvlink_rag.cli_train import train
-from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, PUBLIC
+from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, PUBLIC, GenerationSettings
 from kvlink_rag.console import notes, progress_bar, read_line, say_plan, say_sources, show
 from kvlink_rag.errors import BadInput, KVLinkError
 
@@ -116,7 +117,7 @@ def ask(
     precision: Precision = "model",
     namespace: Namespace = PUBLIC,
     k: K = DEFAULT_K,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 128,
+    max_new_tokens: MaxNewTokens = GenerationSettings.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text (repeatable).")] = None,
@@ -168,6 +169,7 @@ def chat(
     precision: Precision = "model",
     namespace: Namespace = PUBLIC,
     k: K = DEFAULT_K,
+    max_new_tokens: MaxNewTokens = GenerationSettings.max_new_tokens,
     as_json: Json = False,
 ) -> None:
     """Ask several questions in a row; earlier turns are remembered. An empty line or Ctrl-D ends."""
@@ -187,7 +189,7 @@ def chat(
         messages: list[dict[str, str]] = []
         while (words := read_line()) is not None:
             messages.append({"role": "user", "content": words})
-            answer = show(rag.stream(messages, k=k), quiet=as_json)
+            answer = show(rag.stream(messages, k=k, max_new_tokens=max_new_tokens), quiet=as_json)
             messages.append({"role": "assistant", "content": answer.text})
             if as_json:
                 print(json.dumps(answer.to_json()), flush=True)

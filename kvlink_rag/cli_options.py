@@ -43,6 +43,7 @@ MaxGib = Annotated[
 Precision = Annotated[str, typer.Option("--precision", help="How KV is stored: model, int8 or int4; int4/32: groups.")]
 Namespace = Annotated[str, typer.Option("--namespace", help="Whose documents; nobody else finds them.")]
 INTEGRITY_KEY = "KVLINK_INTEGRITY_KEY"  # environment variable: 64 hex digits that seal the store's entries
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]
 K = Annotated[int, typer.Option("-k", help="Chunks to retrieve.", min=1)]
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
@@ -81,6 +82,7 @@ def loaded(
     """The store with its models, loaded with a note on stderr."""
     if must_exist:
         must_be_store(store)
+    max_bytes = None if max_gib is None else size_bytes("--max-gib", max_gib)
     from kvlink_rag.store.folder import open_folder
 
     open_folder(store, integrity_key())
@@ -89,7 +91,6 @@ def loaded(
         from kvlink_rag.rag import KVLinkRAG
 
         quiet_libraries()
-        max_bytes = None if max_gib is None else max(1, int(max_gib * GIB))
         limits = StoreSettings(max_bytes=max_bytes, integrity_key=integrity_key())
         rag = KVLinkRAG.load(model, store, embedder=embedder, limits=limits, **options)
         rag.warm_up()
@@ -115,6 +116,13 @@ def numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise BadInput(f"{option} takes numbers like 1000,2000; got {text!r}") from None
+
+
+def size_bytes(option: str, gib: float) -> int:
+    """The bytes of an option in GiB. Raises BadInput."""
+    if not 1 <= gib * GIB < 2**63:  # nan and infinity neither
+        raise BadInput(f"{option} takes a number of GiB above 0 and below 2^33; got {gib:g}")
+    return int(gib * GIB)
 
 
 def must_be_store(store: Path) -> None:

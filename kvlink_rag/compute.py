@@ -134,7 +134,7 @@ class ComputeThread:
                 yield item
             job.result()
         finally:
-            job.cancel()
+            job.ask_to_stop()  # waiting could be for oneself: the thread that collects a left stream may be this one
 
     async def arun(self, work: Callable[[Job], T]) -> T:
         """The result of work(job), with the event loop free meanwhile; a cancelled caller cancels the work."""

@@ -14,11 +14,12 @@ AUTO = "auto"  # in place of a linking: link_tokens where trained ones are at ha
 DEFAULT_K = 3  # chunks to retrieve; a small model loses its way in more
 GIB = 2**30
 DEFAULT_MAX_BYTES = 20 * GIB  # of a store's entries together
+MIN_TEMPERATURE = 1e-4  # lower ones are greedy: dividing by them would leave the range of float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How an answer is generated. Greedy unless `temperature` is above 0."""
+    """How an answer is generated. Greedy unless `temperature` is at least MIN_TEMPERATURE."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -35,6 +36,13 @@ class GenerationSettings:
             raise BadInput(f"top_p must lie above 0 and at most at 1, got {self.top_p}")
         if any(not text for text in self.stop):
             raise BadInput("a stop string is empty; leave it out")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise BadInput(f"seed must be a number of 64 bits, got {self.seed}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, always."""
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True, kw_only=True)

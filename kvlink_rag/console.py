@@ -113,8 +113,12 @@ def say(numbers: dict[str, Any], as_json: bool) -> None:
 
 
 def read_line() -> str | None:
+    prompt = "> " if sys.stdin.isatty() else ""
+    if not sys.stdout.isatty():  # input() would write it among the answers; on a terminal, line editing needs it
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
     try:
-        words = input("> " if sys.stdin.isatty() else "")
+        words = input(prompt)
     except EOFError:
         return None
     return words.strip() or None

@@ -178,7 +178,7 @@ class Context:
             self._table = rope.forth(torch.arange(num_tokens, device=self._keys.device))
         self.num_tokens = num_tokens
         self.num_placed = 0
-        self.num_taken_back = 0
+        self.taken_back: tuple[int, ...] = ()
         self.pending: Pending | None = None
         self.tempering: Tempering | None = None
 
@@ -194,10 +194,10 @@ class Context:
             self._values[:, :, start:stop].copy_(kv.values)
         self.num_placed += kv.num_tokens
 
-    def take_back(self, num_tokens: int) -> None:
-        """Count so many placed tokens as still to be computed: what was stored for them is to be overwritten."""
-        self.num_placed -= num_tokens
-        self.num_taken_back += num_tokens
+    def take_back(self, num_tokens: Sequence[int]) -> None:
+        """Count so many tokens of each chunk as still to be computed: what was stored for them is to be overwritten."""
+        self.num_placed -= sum(num_tokens)
+        self.taken_back = tuple(num_tokens)
 
     def count_placed(self, num_tokens: int) -> None:
         """Count so many tokens as placed that a forward over `open` has filled."""

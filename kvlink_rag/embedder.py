@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,15 @@ class Embedder:
 
     @functools.cached_property
     def digest(self) -> str:
-        """What the vectors depend on: the model's files, or its hub id."""
+        """What the vectors depend on: the model's files, those of its modules too (pooling, say), or its hub id."""
+        if self._folder is None or not (parts := sorted(path for path in self._folder.glob("[0-9]*_*/"))):
+            return self.digest_before
+        digests = [f"{path.name} {folder_digest(path, ('*',), cache_folder() / 'digests.json')}" for path in parts]
+        return hashlib.sha256("\n".join([self.digest_before, *digests]).encode()).hexdigest()
+
+    @functools.cached_property
+    def digest_before(self) -> str:
+        """What stores of earlier versions know the embedder by: its modules' files left out."""
         if self._folder is None:
             return f"hub:{self.name}"
         return folder_digest(self._folder, ("*.safetensors", "*.json", "*.txt"), cache_folder() / "digests.json")

@@ -8,7 +8,8 @@ forward, and sampling, stopping and streaming stay the library's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +51,8 @@ def generate(
     handle = hf.register_forward_pre_hook(hand_over, with_kwargs=True)
     device = pending.positions.device
     answer = AnswerText(model, settings.stop, emit)
-    if settings.seed is not None:
-        torch.manual_seed(settings.seed)
     try:
-        with torch.inference_mode(), tempered(context.tempering):
+        with torch.inference_mode(), tempered(context.tempering), _seeded(device, settings.seed):
             hf.generate(
                 input_ids=torch.tensor([[pending.last_id]], device=device),
                 attention_mask=torch.ones(1, context.num_tokens, dtype=torch.long, device=device),
@@ -66,6 +65,25 @@ def generate(
     finally:
         handle.remove()
     return answer.record
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
+    """Draws on the device go by the seed, if any; afterwards its random numbers go on as if nothing had been drawn.
+
+    Hugging Face's `generate` takes no generator; the device's own is lent, and no other device's is touched.
+    """
+    if seed is None:
+        yield
+        return
+    random: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
+    which = () if device.type == "cpu" else (device,)
+    before = random.get_rng_state(*which)
+    random.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), *which)
+    try:
+        yield
+    finally:
+        random.set_rng_state(before, *which)
 
 
 class Sampler:
@@ -106,7 +124,7 @@ def predict(model: LanguageModel, context: Context, num_last: int) -> torch.Tens
 
 
 def _config(model: LanguageModel, settings: GenerationSettings) -> GenerationConfig:
-    sampling = settings.temperature > 0
+    sampling = not settings.is_greedy
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=sampling,

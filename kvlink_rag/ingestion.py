@@ -33,6 +33,7 @@ from kvlink_rag.types import AddReport, Chunk, Document
 
 GROUP_CHUNKS = 64  # documents are finished in groups of about so many chunks
 ENTRY_OVERHEAD_BYTES = 2048  # header, digest and padding, at most
+EMBED_AT_ONCE = 32  # texts, so that what waits for the model need not wait for a long document's vectors
 MAX_WAITING = 8  # encoded chunks in memory that wait to be written
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -254,7 +255,8 @@ class Ingestion:
     def _run(self, works: list[_Work], to_encode: dict[str, tuple[int, ...]], report: Progress) -> int:
         """Encode, store and index group by group; the bytes written. KV is on the disk before its index row is."""
         left = dict(to_encode)
-        written = done = 0
+        to_embed = sum(len(work.chunks) for work in works if not work.is_indexed and work.vector is None)
+        written = done = embedded = 0
         with ThreadPoolExecutor(1, "kvlink-writer") as writer:  # chunks are written while the next are encoded
             for group in _groups(works):
                 wanted = [c.kv_key for work in group for c in work.chunks if c.kv_key in left]
@@ -267,13 +269,15 @@ class Ingestion:
                         writes.append(writer.submit(self._kvs.put, self._kvs.at_rest(kv)))
                         done += 1
                         report("encoding", done, len(to_encode))
-                vectors = self._vectors([work for work in group if not work.is_indexed])  # while the last are written
+                own = [work for work in group if not work.is_indexed and work.vector is None]
+                vectors = self._embed(own, report, embedded, to_embed)  # while the last are written
+                embedded += sum(map(len, vectors.values()))
                 written += sum(write.result() for write in writes)
                 self._index_group(group, vectors)
         return written
 
     def _index_group(self, group: Sequence[_Work], vectors: Mapping[str, Vectors]) -> None:
-        """Index the group's documents and drop the KV of what they no longer hold."""
+        """Index the group's documents, with the caller's vector or these; drop the KV of what they no longer hold."""
         for work in group:
             old_keys = [c.kv_key for c in self._index.chunks_of(work.id)]
             if work.is_indexed:
@@ -281,21 +285,25 @@ class Ingestion:
                     self._index.set_keys(work.id, work.chunks)
             else:
                 metadata = dict(work.document.metadata)
-                self._index.replace_document(
-                    work.id, work.digest, work.document.title, metadata, work.chunks, vectors[work.id]
-                )
+                own = np.asarray(work.vector, np.float32)[None] if work.vector is not None else vectors[work.id]
+                self._index.replace_document(work.id, work.digest, work.document.title, metadata, work.chunks, own)
                 self._kvs.delete(self._index.unreferenced(old_keys))
 
-    def _vectors(self, works: list[_Work]) -> dict[str, Vectors]:
-        """Each document's vectors [chunks, dim]: the caller's where there are such, else by the embedder."""
-        given = {work.id: np.asarray(work.vector, np.float32)[None] for work in works if work.vector is not None}
-        own = [work for work in works if work.vector is None]
-        if own:
-            assert self._embedder is not None
-            vectors = self._embedder.embed([c.chunk.text for work in own for c in work.chunks])
-            for work in own:
-                given[work.id], vectors = vectors[: len(work.chunks)], vectors[len(work.chunks) :]
-        return given
+    def _embed(self, works: list[_Work], report: Progress, done: int, total: int) -> dict[str, Vectors]:
+        """Each document's vectors [chunks, dim] by the embedder; what is reported goes on from `done`."""
+        if not works:
+            return {}
+        assert self._embedder is not None
+        texts = [c.chunk.text for work in works for c in work.chunks]
+        parts = []
+        for start in range(0, len(texts), EMBED_AT_ONCE):
+            parts.append(self._embedder.embed(texts[start : start + EMBED_AT_ONCE]))
+            done += len(parts[-1])
+            if done < total:  # questions go between two slices; behind the last the work goes on anyway
+                report("embedding", done, total)
+        vectors = np.concatenate(parts)
+        ends = np.cumsum([len(work.chunks) for work in works])[:-1]
+        return dict(zip([work.id for work in works], np.split(vectors, ends), strict=True))
 
     def _count(self, text: str) -> int:
         """A text's length for the chunker: the longer of the model's and the embedder's reading of it.

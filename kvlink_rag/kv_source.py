@@ -31,6 +31,11 @@ class KVSource:
         self._prefixes: dict[tuple[int, ...], KV] = {}
         self._said_unwritable = False
 
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of the longest chunk that fits the model's window behind the encoding prefix."""
+        return self._encoder.model.max_positions - len(self._encoder.prefix_ids)
+
     def prefix(self, ids: tuple[int, ...]) -> tuple[KV, bool]:
         """KV of a prompt's prefix, the same for every question under one system message; and whether it was kept."""
         if ids in self._prefixes:

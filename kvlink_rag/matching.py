@@ -1,11 +1,13 @@
 """Known chunks in anybody's text: a framework hands over a finished prompt, and the chunks in it have stored KV.
 
-Whatever is not found stays plain text, so a missed chunk costs time, never correctness.
+Whatever is not found stays plain text, so a missed chunk costs time, never correctness. A chunk inside of a longer word
+or number is therefore no match: the model would read "100" and then "0000" where the text says "1000000".
 """
 
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Iterable
 
 from kvlink_rag.errors import BadInput
@@ -30,12 +32,19 @@ class ChunkMatcher:
             candidates.sort(key=len, reverse=True)
 
     def split(self, text: str) -> list[str | tuple[str, str]]:
-        """The text in order: what is unknown as strings, known chunks as (document id, text), the longest first."""
+        """The text in order: what is unknown as strings, known chunks as (document id, text), the longest first.
+
+        None begins or ends inside of a word or a number. Where a script has no spaces between words, any two of its
+        letters count as one word, so there a chunk is found only beside punctuation, a space or the text's ends.
+        """
         pieces: list[str | tuple[str, str]] = []
         start = place = 0
         while place <= len(text) - MIN_CHARS:
             candidates = self._by_head.get(text[place : place + MIN_CHARS], ())
-            found = next((known for known in candidates if text.startswith(known, place)), None)
+            found = None
+            if candidates and not _is_inside(text, place):
+                fits = (known for known in candidates if text.startswith(known, place))
+                found = next((known for known in fits if not _is_inside(text, place + len(known))), None)
             if found is None:
                 place += 1
                 continue
@@ -46,6 +55,24 @@ class ChunkMatcher:
         if start < len(text) or not pieces:
             pieces.append(text[start:])
         return pieces
+
+
+def _is_inside(text: str, place: int) -> bool:
+    """Whether a cut at `place` would go through a word or a number."""
+    if not 0 < place < len(text):
+        return False
+    before, after = text[place - 1], text[place]
+    if _is_of_word(before) and _is_of_word(after):
+        return True
+    # through 1.5 or 1,000, before or behind the mark
+    if after in ".,":
+        return before.isnumeric() and text[place + 1 : place + 2].isnumeric()
+    return before in ".," and after.isnumeric() and text[max(0, place - 2) : place - 1].isnumeric()
+
+
+def _is_of_word(character: str) -> bool:
+    """Whether it is a letter, a digit, or a mark that belongs to the letter before it."""
+    return unicodedata.category(character)[0] in "LMN"
 
 
 def say_unmatched(how: str) -> None:

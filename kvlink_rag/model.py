@@ -260,13 +260,9 @@ class LanguageModel:
         """
         mask = self.position_mask(places, cache.layers[0].capacity)
         inputs = {"input_ids": ids, "position_ids": places[None], self.cache_argument: cache}
-        chosen = self.reader.config._attn_implementation
-        self.reader.set_attn_implementation("eager")
-        try:
-            output = self.reader.base_model(**inputs, attention_mask=mask, use_cache=True, output_attentions=True)
-        finally:
-            self.reader.set_attn_implementation(chosen)
-        return torch.stack([layer[0, :, -num_last:].float().mean(0).sum(0) for layer in output.attentions]).mean(0)
+        with attention.watching(self.reader, num_last) as watch:
+            self.reader.base_model(**inputs, **watch.options, attention_mask=mask, use_cache=True)
+        return watch.mean
 
     @torch.inference_mode()
     def logits(
@@ -347,11 +343,15 @@ def _found_folder(model: str) -> Path:
 
 
 def _resolve_device(device: str) -> str:
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    if device == "auto":
+        return gpu or "cpu"
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:  # whichever of them torch has for this one
+        possible = ", ".join(filter(None, ("auto", "cpu", gpu)))
+        raise BadInput(f"device {device!r} is not available here; try {possible}") from error
+    return device
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -215,10 +215,13 @@ class KVLinkRAG(KVLinkEngine):
 
     def _bind_embedder(self) -> None:
         """Make sure that the store's vectors and this embedder's belong together."""
-        known = self.index.get_meta("embedder")
-        if known is None and not self.entries.read_only:
-            self.index.set_meta("embedder", self.embedder.digest)
-        elif known is not None and known != self.embedder.digest:
+        known, digest = self.index.get_meta("embedder"), self.embedder.digest
+        if known == digest:
+            return
+        if known in (None, self.embedder.digest_before):
+            if not self.entries.read_only:
+                self.index.set_meta("embedder", digest)
+        else:
             raise NotAStore(
                 f"the vectors in {self.folder} were made by another embedder than {self.embedder.name!r}; "
                 "load that one, or add the documents to a new store"

@@ -22,7 +22,7 @@ FORMAT_VERSION = 2
 _VOLATILE_CONFIG = frozenset(
     {"_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures",
      "use_cache", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id",
-     "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "quantization_config"}
+     "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"}
 )  # fmt: skip
 
 

@@ -90,9 +90,20 @@ class TokenDecoder:
     def __init__(self, backend: Tokenizer):
         self._backend = backend
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []  # ids whose text is still to come
 
     def step(self, token_id: int) -> str:
-        return self._stream.step(self._backend, token_id) or ""
+        """The text that this id completes. Bytes that turn out to make no character become replacement characters."""
+        self._held.append(token_id)
+        try:
+            text = self._stream.step(self._backend, token_id) or ""
+        except Exception:  # the class itself is raised: byte tokens that broke a run of which a part was given out
+            # Read as a run of their own, they are never taken for what was given out before.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            text = "".join(self._stream.step(self._backend, held) or "" for held in self._held)
+        if text:
+            self._held.clear()
+        return text
 
 
 @functools.lru_cache(maxsize=2)

@@ -15,6 +15,7 @@ from conftest import ROOT, excerpt
 from tiny_models import build_hf, byte_tokenizer
 
 from kvlink_rag import KVLinkRAG
+from kvlink_rag.console import read_line
 
 CORPUS = ROOT / "examples" / "corpus"
 
@@ -60,6 +61,26 @@ def test_chat_remembers_and_ends_with_the_input(kvlink, store, monkeypatch):
     assert code == 0 and [answer["question"] for answer in answers] == ["Who keeps the lighthouse?", "And since when?"]
 
 
+def test_chat_asks_for_words_on_stderr_where_its_answers_go_to_a_file(monkeypatch, capsys):
+    """stdin is a terminal, stdout is none: the answers there stay JSON lines."""
+    terminal, ours = pytest.importorskip("pty").openpty()
+    with open(terminal, "w", encoding="utf-8") as keyboard, open(ours, encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        keyboard.write("Who keeps the lighthouse?\n")
+        keyboard.flush()
+        assert read_line() == "Who keeps the lighthouse?"
+    out, err = capsys.readouterr()
+    assert out == "" and err == "> "
+
+
+def test_an_answer_cut_off_names_an_option_that_the_command_has(kvlink, store, monkeypatch):
+    lines = iter(["Who keeps the lighthouse?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    for words in (["ask", "Who keeps the lighthouse?"], ["chat"]):
+        code, _, err = kvlink(*words, "--store", store, "-k", 1, "--max-new-tokens", 2)
+        assert code == 0 and "cut off at --max-new-tokens" in err
+
+
 def test_the_store_is_looked_after_without_loading_a_model(kvlink, store):
     code, out, _ = kvlink("store", "stats", "--store", store, "--json")
     numbers = json.loads(out)
@@ -89,6 +110,10 @@ def test_delete_then_add_again(kvlink, store):
         (["ask", "  "], "question is empty"),
         (["store", "stats"], "no store in"),
         (["bench", "ttft", "--contexts", "many"], "--contexts takes numbers"),
+        *((["add", __file__, "--max-gib", size], "--max-gib") for size in ("inf", "nan", "-5", "0", "1e-12", "1e300")),
+        (["add", __file__, "--device", "gpu"], "device 'gpu' is not available here; try auto, cpu"),
+        (["add", __file__, "--device", "cuda:99"], "device 'cuda:99' is not available here; try auto, cpu"),
+        (["add", __file__, "--device", "meta"], "device 'meta' is not available here; try auto, cpu"),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_code_1(kvlink, tmp_path, arguments, line):

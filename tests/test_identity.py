@@ -17,7 +17,7 @@ from tiny_models import build, build_hf, byte_tokenizer
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
-from kvlink_rag.recipe import Recipe, entry_key
+from kvlink_rag.recipe import Recipe, config_digest, entry_key
 from kvlink_rag.store.kv_store import KVStore
 
 
@@ -76,6 +76,13 @@ def test_each_recipe_hits_only_its_own_entries(disk, fingerprints):
         hits = [name for name, asker in stores.items() if asker.get((number,)) is not None]
         assert hits == [owner]
         assert same_bits(store.get((number,)), kv)
+
+
+def test_how_weights_are_quantised_is_part_of_the_recipe():
+    """One that quantises while loading computes other KV from the very same files."""
+    config = {"hidden_size": 8, "dtype": "float32"}
+    online = {**config, "quantization_config": {"quant_method": "bitnet", "quantization_mode": "online"}}
+    assert config_digest(online) != config_digest(config) == config_digest({**config, "dtype": "bfloat16"})
 
 
 def test_the_same_recipe_has_the_same_fingerprint_again(fingerprints):

@@ -191,7 +191,7 @@ def test_the_first_tokens_of_each_chunk_are_recomputed():
     anew = {place for start, stop in spans_of(prompt) for place in range(start, min(stop, start + 4))}
     in_chunks = {place for span in spans_of(prompt) for place in range(*span)}
     assert set(context.pending.positions.tolist()) & in_chunks == anew
-    assert context.num_taken_back == len(anew)
+    assert sum(context.taken_back) == len(anew)
 
 
 # -- positions that chunks share -----------------------------------------------------------------------

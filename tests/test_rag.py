@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from conftest import excerpt
 from tiny_models import build, build_hf, byte_tokenizer
 
-from kvlink_rag import ChunkSettings, Document, LanguageModel, StoreSettings
-from kvlink_rag.errors import StoreFull
+from kvlink_rag import ChunkSettings, Document, Embedder, KVLinkRAG, LanguageModel, StoreSettings
+from kvlink_rag.default_models import default_embedder_folder
+from kvlink_rag.errors import NotAStore, PromptTooLong, StoreFull
 from kvlink_rag.kv_source import KVSource, reading
 
 DOCUMENTS = [
@@ -114,6 +118,30 @@ def test_an_interrupted_add_is_finished_by_the_next_one(open_rag):
     assert rag.stats()["documents"] == rag.stats()["entries"] == 100
 
 
+def test_embedding_a_long_document_lets_others_in_between_and_gives_the_same_vectors(open_rag):
+    """A question that waits, or Ctrl-C, need not wait for all of a document's vectors."""
+    rag = open_rag(chunking=ChunkSettings(max_tokens=80))
+    text = " ".join(f"Sentence {i} speaks of the quay{', the crane and the fog' * (i % 2)}." for i in range(100))
+    long, stages = Document(text, id="long"), []
+    rag.add([long, DOCUMENTS[0]], encode="on-first-use", progress=lambda *stage: stages.append(stage))
+    indexed = rag.index.chunks_of("long")
+    num_chunks = len(indexed) + 1
+    assert num_chunks > 64  # one group holds the whole document
+    embedded = [(done, total) for stage, done, total in stages if stage == "embedding"]
+    assert {total for _, total in embedded} == {num_chunks}
+    assert all(0 < after - before <= 32 for before, after in pairwise([0, *(done for done, _ in embedded), num_chunks]))
+    at_once = rag.embedder.embed([chunk.chunk.text for chunk in indexed])
+    assert np.abs(rag.index.vectors_of(["long"])["long"] - at_once).max() < 1e-6
+
+    def interrupt(stage, done, total):
+        if stage == "embedding" and done == 32:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rag.add(Document(f"{text} The end.", id="long"), encode="on-first-use", progress=interrupt)
+    assert rag.index.chunks_of("long") == indexed
+
+
 def test_encoding_on_first_use_fills_the_index_only(rag):
     report = rag.add(DOCUMENTS, encode="on-first-use")
     assert (report.encoded_chunks, rag.stats()["entries"]) == (0, 0)
@@ -165,6 +193,27 @@ def test_what_does_not_decide_a_chunks_kv_keeps_the_store(open_rag):
         rag.ask(QUESTION, system="", max_new_tokens=2),
     ):
         assert all(source.reused for source in answer.sources)
+
+
+def test_vectors_of_an_embedder_that_pools_otherwise_are_not_mixed_in(tiny, tmp_path):
+    """Its weights are the same; how they become a vector stands in a folder within. A store made before that counted
+    goes on."""
+    folder = tmp_path / "embedder"
+    shutil.copytree(default_embedder_folder(), folder)
+    with KVLinkRAG(tiny, Embedder(folder), tmp_path / "store") as rag:
+        rag.add(DOCUMENTS[0])
+        rag.index.set_meta("embedder", rag.embedder.digest_before)
+    with KVLinkRAG(tiny, Embedder(folder), tmp_path / "store") as rag:
+        assert rag.search(QUESTION) and rag.index.get_meta("embedder") == rag.embedder.digest
+    pooling = folder / "1_Pooling" / "config.json"
+    how = json.loads(pooling.read_text("utf-8"))
+    otherwise = {**how, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    pooling.write_text(json.dumps(otherwise), "utf-8")
+    with (
+        KVLinkRAG(tiny, Embedder(folder), tmp_path / "store") as rag,
+        pytest.raises(NotAStore, match="another embedder"),
+    ):
+        rag.search(QUESTION)
 
 
 def test_an_adapter_is_part_of_the_recipe(tmp_path, open_rag, embedder):
@@ -320,3 +369,24 @@ def test_a_link_checkpoint_loads_only_onto_its_own_base(tmp_path, tiny):
         LinkTokens.load(tmp_path / "links", build("llama", seed=1))
     with pytest.raises(CheckpointMismatch, match="no link checkpoint"):
         LinkTokens.load(tmp_path, tiny)
+
+
+def test_a_chunk_given_with_a_question_is_encoded_within_the_window_or_left_out(open_rag):
+    """Behind a long encoding prefix it may reach beyond it, though the prompt does not."""
+    rag = open_rag(encoding_prefix="x" * 1500)
+    longest = rag.model.max_positions - len(rag.encoder.prefix_ids)
+    text = "y" * longest
+    answer = rag.ask("?", documents=[text, "A short one."], max_new_tokens=1)
+    assert not answer.sources and len(answer.left_out) == 2
+    with pytest.raises(PromptTooLong, match="behind the encoding prefix"):
+        rag.ask([{"role": "user", "content": [Document(text), "?"]}], max_new_tokens=1)
+
+
+def test_what_is_recomputed_in_a_new_chunk_is_not_taken_from_what_was_reused(open_rag):
+    rag = open_rag(linking="recompute_first")
+    rag.add(DOCUMENTS[0])
+    first, again = (rag.ask(QUESTION, documents=[DOCUMENTS[0]], max_new_tokens=1) for _ in range(2))
+    alone = again.tokens.reused  # with the prompt's prefix, which the first question left
+    assert alone > first.tokens.reused > 0
+    beside = rag.ask(QUESTION, documents=[DOCUMENTS[0], DOCUMENTS[1]], max_new_tokens=1)
+    assert [source.reused for source in beside.sources] == [True, False] and beside.tokens.reused == alone

@@ -34,3 +34,20 @@ def test_no_request_makes_the_server_fail_or_leave_its_schema(rag, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) generated", result.stdout)[1]) > MIN_CASES
     sys.stdout.write(result.stdout)  # what `make fuzz` shows
+
+
+@pytest.mark.parametrize(
+    "field", [{"linking": "recompute_first@inf"}, {"linking": "recompute_first@nan"}, {"seed": 2**64}]
+)
+def test_a_number_that_nothing_can_be_done_with_is_the_callers_error(rag, field):
+    with live(rag) as server, server.client() as client:
+        reply = client.post("/v1/chat/completions", json=server.chat(**field))
+    assert reply.status_code == 400 and next(iter(field)) in reply.json()["error"]["message"]
+
+
+def test_a_temperature_next_to_nothing_gets_the_greedy_answer(rag):
+    rag.add("The ferry leaves at nine.")
+    with live(rag) as server, server.client() as client:
+        replies = [client.post("/v1/chat/completions", json=server.chat(temperature=t)) for t in (0, 1e-38)]
+    greedy, tiny = (reply.json()["choices"][0]["message"]["content"] for reply in replies)
+    assert greedy == tiny

@@ -138,3 +138,20 @@ def test_nothing_that_work_does_ends_the_thread_for_those_who_wait():
         thread._submit(job)
     assert jobs[1]._done.wait(20), "nobody performs it"
     assert [job.result() for job in jobs] == [1, 2]
+
+
+def test_a_stream_that_is_collected_on_the_thread_that_fills_it_holds_nobody_up():
+    """Garbage is collected by whichever thread allocates: here by the one whose work it would wait for."""
+    thread, is_left, is_collected = ComputeThread("test"), threading.Event(), threading.Event()
+
+    def work(job, emit):
+        emit("first")
+        is_left.wait()
+        pieces.close()
+        is_collected.set()
+
+    pieces = thread.stream(work)
+    assert next(pieces) == "first"
+    is_left.set()
+    assert is_collected.wait(30)
+    assert thread.run(lambda job: "next") == "next"

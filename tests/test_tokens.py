@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from kvlink_rag.errors import BadInput, UnsupportedModel
-from kvlink_rag.tokens import TextTokenizer
+from kvlink_rag.tokens import TextTokenizer, TokenDecoder
 
 CONTROL = ["<pad>", "<|im_start|>", "<|im_end|>", "<tool_call>"]
 
@@ -105,3 +105,30 @@ def test_a_tokenizer_without_a_backend_is_refused():
 )
 def test_at_most_is_never_below_the_count(tokenizer, text):
     assert tokenizer.at_most(text) >= tokenizer.count(text)
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2, Mistral and Gemma have it: words with a mark for the space before, and every byte as a token."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "▁the", "▁cat"]
+    vocab = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["<0x0A>", "<0xF0>", "a", "▁cat"], "\n\ufffda cat"),
+        (["<0x0A>", "<0xF0>", "▁cat", "▁the", "a"], "\n\ufffd cat thea"),
+        (["▁the", "<0x0A>", "<0xF0>", "<0x0A>", "▁cat", "<0x0A>", "<0xE2>", "a"], "the\n\ufffd\ufffd cat\n\ufffda"),
+        (["<0x0A>", "<0xF0>", "▁cat", "<0xE2>", "<0x82>", "<0xAC>", "a"], "\n\ufffd cat€a"),
+        (["▁the", "<0xE2>", "<0x82>", "▁cat"], "the\ufffd\ufffd cat"),
+    ],
+)
+def test_bytes_that_make_no_character_cost_only_themselves(words, text):
+    """A run of bytes that began well and then breaks becomes replacement characters; the answer goes on."""
+    backend = byte_fallback_tokenizer()
+    decoder = TokenDecoder(backend)
+    assert "".join(decoder.step(backend.token_to_id(word)) for word in words) == text

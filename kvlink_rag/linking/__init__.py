@@ -42,7 +42,7 @@ def get_linking(name: str) -> Linking:
         raise BadInput(f"linking {name!r} is not one of {', '.join(LINKINGS)}")
     try:
         return LINKINGS[kind](*(float(value) for value in settings.split(":") if settings))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"linking {name!r}: {settings!r} are no settings of {kind}") from error

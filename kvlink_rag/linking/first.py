@@ -18,7 +18,7 @@ class First(Recompute):
     num_tokens: float = 16
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1 or self.num_tokens != int(self.num_tokens):
+        if not (self.num_tokens >= 1 and self.num_tokens % 1 == 0):  # inf and nan leave no remainder of 0
             raise BadInput(f"recompute_first takes a whole number of tokens from 1 on, got {self.num_tokens}")
 
     def select(self, placed: Placed) -> Tensor:

@@ -51,7 +51,7 @@ class Recompute(ABC):
         """Place the chunks and choose; the chosen are computed with history and question."""
         context, spans, texts, question = place_all(request)
         selected = self.select(Placed(request, context, spans, texts, question)).to(request.model.device)
-        context.take_back(selected.numel())
+        context.take_back([int(((selected >= start) & (selected < stop)).sum()) for start, stop in spans])
         pend_question(request, context, torch.cat([texts, selected]).sort().values)
         return context
 

@@ -36,7 +36,7 @@ class IngestionJob:
     id: str = field(default_factory=lambda: f"job-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
     status: str = "queued"  # running, done, failed
-    stage: str | None = None  # reading, encoding
+    stage: str | None = None  # reading, encoding, embedding
     done: int = 0
     total: int = 0
     documents: list[str] = field(default_factory=list)
