@@ -35,7 +35,8 @@ def as_hit(item: str | Document | Hit) -> Hit:
 
 def split(document: Document, document_id: str, count: Count, settings: ChunkSettings) -> list[Chunk]:
     """Cut a document into chunks of at most `settings.max_tokens` tokens, as `count` counts them, title included."""
-    title = next(_halved((document.title or "").strip(), count, settings.max_tokens // 2 - 1), "")  # a long one is cut
+    whole = (document.title or "").strip()
+    _, title = next(_halved("", whole, count, settings.max_tokens // 2 - 1), ("", ""))  # a long one is cut
     budget = settings.max_tokens - (count(title) + 1 if title else 0)
     bodies = _pack(list(_sentences(document.text, count, budget)), count, budget, settings.overlap_sentences)
     return [
@@ -44,34 +45,36 @@ def split(document: Document, document_id: str, count: Count, settings: ChunkSet
 
 
 def _sentences(text: str, count: Count, budget: int) -> Iterator[tuple[str, str]]:
-    """(separator before, sentence) pairs, none longer than the budget."""
+    """(separator before, sentence) pairs, none longer than the budget; where the text has no space, "" separates."""
     for paragraph in _PARAGRAPH.split(text):
-        separator = "\n\n"
-        for sentence in _SENTENCE_END.split(paragraph):
-            for part in _halved(sentence.strip(), count, budget):
-                yield separator, part
-                separator = " "
+        separator, start = "\n\n", 0
+        for end in (*_SENTENCE_END.finditer(paragraph), None):
+            sentence = paragraph[start : end.start() if end else None].strip()
+            yield from _halved(separator, sentence, count, budget)
+            if end:
+                start = end.end()
+                separator = (" " if end.group() else "") if sentence else separator
 
 
-def _halved(text: str, count: Count, budget: int) -> Iterator[str]:
-    """The text, cut near its middle until every part fits."""
+def _halved(separator: str, text: str, count: Count, budget: int) -> Iterator[tuple[str, str]]:
+    """The text behind its separator, cut near its middle until every part fits."""
     if not text:
         return
     if len(text) < 2 or count(text) <= budget:
-        yield text
+        yield separator, text
         return
     middle = len(text) // 2
     before = max((match.start() for match in _SPACE.finditer(text, 1, middle)), default=0)
     after = _SPACE.search(text, middle, len(text) - 1)
     spaces = [place for place in (before, after.start() if after else 0) if place]
     cut = min(spaces, key=lambda place: abs(place - middle), default=middle)
-    yield from _halved(text[:cut].rstrip(), count, budget)
-    yield from _halved(text[cut:].lstrip(), count, budget)
+    yield from _halved(separator, text[:cut].rstrip(), count, budget)
+    yield from _halved(" " if spaces else "", text[cut:].lstrip(), count, budget)
 
 
 def _pack(sentences: list[tuple[str, str]], count: Count, budget: int, overlap: int) -> Iterator[str]:
     """Join sentences to bodies within the budget; each begins with the last `overlap` sentences of the one before."""
-    counts = [count(sentence) + len(separator) for separator, sentence in sentences]
+    counts = [count(sentence) + max(1, len(separator)) for separator, sentence in sentences]
     start = 0
     while start < len(sentences):
         stop, used = start + 1, counts[start]

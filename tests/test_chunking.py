@@ -153,3 +153,11 @@ def test_a_long_title_does_not_push_a_chunk_over_its_budget(num_title_words):
 def test_a_blank_text_has_no_chunks(text):
     """Not even one that holds only the title."""
     assert split(Document(text, title="Title"), "doc", count_words, ChunkSettings()) == []
+
+
+def test_no_blank_is_put_where_the_text_has_none():
+    """Between sentences of a script without spaces, and where a word longer than a chunk was cut and two parts meet."""
+    assert bodies_of("東京は首都です。人口は多い。 Yes.", count_bytes, max_tokens=200) == ["東京は首都です。人口は多い。 Yes."]
+    word = "x" * 60
+    for body in bodies_of(f"See {word} for more.", count_bytes, max_tokens=40):
+        assert body in f"See {word} for more."
