@@ -157,7 +157,9 @@ def test_a_blank_text_has_no_chunks(text):
 
 def test_no_blank_is_put_where_the_text_has_none():
     """Between sentences of a script without spaces, and where a word longer than a chunk was cut and two parts meet."""
-    assert bodies_of("東京は首都です。人口は多い。 Yes.", count_bytes, max_tokens=200) == ["東京は首都です。人口は多い。 Yes."]
+    assert bodies_of("東京は首都です。人口は多い。 Yes.", count_bytes, max_tokens=200) == [
+        "東京は首都です。人口は多い。 Yes."
+    ]
     word = "x" * 60
     for body in bodies_of(f"See {word} for more.", count_bytes, max_tokens=40):
         assert body in f"See {word} for more."
