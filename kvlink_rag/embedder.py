@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,12 @@ class Embedder:
     @functools.cached_property
     def digest(self) -> str:
         """What the vectors depend on: the model's files, those of its modules too (pooling, say), or its hub id."""
-        if self._folder is None or not (parts := sorted(path for path in self._folder.glob("[0-9]*_*/"))):
+        if self._folder is None or not (self._folder / "modules.json").exists():
             return self.digest_before
-        digests = [f"{path.name} {folder_digest(path, ('*',), cache_folder() / 'digests.json')}" for path in parts]
+        modules = json.loads((self._folder / "modules.json").read_text("utf-8"))
+        names = [module["path"] for module in modules if module["path"]]
+        patterns = ("*.safetensors", "*.bin", "*.json", "*.txt")  # as a module may keep its weights
+        digests = [f"{name} {folder_digest(self._folder / name, patterns, _digests())}" for name in names]
         return hashlib.sha256("\n".join([self.digest_before, *digests]).encode()).hexdigest()
 
     @functools.cached_property
@@ -58,7 +62,7 @@ class Embedder:
         """What stores of earlier versions know the embedder by: its modules' files left out."""
         if self._folder is None:
             return f"hub:{self.name}"
-        return folder_digest(self._folder, ("*.safetensors", "*.json", "*.txt"), cache_folder() / "digests.json")
+        return folder_digest(self._folder, ("*.safetensors", "*.json", "*.txt"), _digests())
 
     def warm_up(self) -> None:
         """Read the weights now, so that the first question need not wait for them."""
@@ -84,3 +88,8 @@ class Embedder:
             convert_to_numpy=True,
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _digests() -> Path:
+    """Where digests of files are remembered."""
+    return cache_folder() / "digests.json"
