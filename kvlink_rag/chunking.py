@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from kvlink_rag.config import ChunkSettings
 from kvlink_rag.errors import BadInput
 from kvlink_rag.types import Chunk, Document, Hit
 
-_PARAGRAPH = re.compile(r"\n\s*\n")
-_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![」』）”’])\s*|\n")  # noqa: RUF001 - full-width marks end sentences too
+_LINE_END = re.compile(r"\r\n?")
+_EMPTY_LINES = re.compile(r"\n\s*\n")
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![」』）”’])\s*|\n\s*")  # noqa: RUF001 - full-width marks end sentences too
 _SPACE = re.compile(r"\s")
 
 Count = Callable[[str], int]
+Span = tuple[int, int]  # start and end in a text
 
 
 def chunk_text(text: str, title: str | None) -> str:
@@ -34,53 +37,62 @@ def as_hit(item: str | Document | Hit) -> Hit:
 
 
 def split(document: Document, document_id: str, count: Count, settings: ChunkSettings) -> list[Chunk]:
-    """Cut a document into chunks of at most `settings.max_tokens` tokens, as `count` counts them, title included."""
+    """Cut a document into chunks of at most `settings.max_tokens` tokens, as `count` counts them, title included.
+
+    What a chunk holds stands so in the document, line breaks and indentation with it; of empty lines one is kept.
+    """
     whole = (document.title or "").strip()
-    _, title = next(_halved("", whole, count, settings.max_tokens // 2 - 1), ("", ""))  # a long one is cut
+    start, end = next(_halved(whole, (0, len(whole)), count, settings.max_tokens // 2 - 1), (0, 0))
+    title = whole[start:end]  # a long one is cut
     budget = settings.max_tokens - (count(title) + 1 if title else 0)
-    bodies = _pack(list(_sentences(document.text, count, budget)), count, budget, settings.overlap_sentences)
+    text = _EMPTY_LINES.sub("\n\n", _LINE_END.sub("\n", document.text))
+    parts = [part for sentence in _sentences(text) for part in _halved(text, sentence, count, budget)]
+    bodies = _pack(text, parts, count, budget, settings.overlap_sentences)
     return [
         Chunk(chunk_text(body, title), document_id, position, document.metadata) for position, body in enumerate(bodies)
     ]
 
 
-def _sentences(text: str, count: Count, budget: int) -> Iterator[tuple[str, str]]:
-    """(separator before, sentence) pairs, none longer than the budget; where the text has no space, "" separates."""
-    for paragraph in _PARAGRAPH.split(text):
-        separator, start = "\n\n", 0
-        for end in (*_SENTENCE_END.finditer(paragraph), None):
-            sentence = paragraph[start : end.start() if end else None].strip()
-            yield from _halved(separator, sentence, count, budget)
-            if end:
-                start = end.end()
-                separator = (" " if end.group() else "") if sentence else separator
-
-
-def _halved(separator: str, text: str, count: Count, budget: int) -> Iterator[tuple[str, str]]:
-    """The text behind its separator, cut near its middle until every part fits."""
-    if not text:
-        return
-    if len(text) < 2 or count(text) <= budget:
-        yield separator, text
-        return
-    middle = len(text) // 2
-    before = max((match.start() for match in _SPACE.finditer(text, 1, middle)), default=0)
-    after = _SPACE.search(text, middle, len(text) - 1)
-    spaces = [place for place in (before, after.start() if after else 0) if place]
-    cut = min(spaces, key=lambda place: abs(place - middle), default=middle)
-    yield from _halved(separator, text[:cut].rstrip(), count, budget)
-    yield from _halved(" " if spaces else "", text[cut:].lstrip(), count, budget)
-
-
-def _pack(sentences: list[tuple[str, str]], count: Count, budget: int, overlap: int) -> Iterator[str]:
-    """Join sentences to bodies within the budget; each begins with the last `overlap` sentences of the one before."""
-    counts = [count(sentence) + max(1, len(separator)) for separator, sentence in sentences]
+def _sentences(text: str) -> Iterator[Span]:
+    """Sentences and lines, whichever end first."""
     start = 0
-    while start < len(sentences):
-        stop, used = start + 1, counts[start]
-        while stop < len(sentences) and used + counts[stop] <= budget:
-            used += counts[stop]
+    for end in _SENTENCE_END.finditer(text):
+        yield start, end.start()
+        start = end.end()
+    yield start, len(text)
+
+
+def _halved(text: str, span: Span, count: Count, budget: int) -> Iterator[Span]:
+    """The span without the space around it, cut near its middle until every part fits; none of what is blank."""
+    part = text[slice(*span)]
+    start = span[0] + len(part) - len(part.lstrip())
+    part = part.strip()
+    if not part:
+        return
+    if len(part) < 2 or count(part) <= budget:
+        yield start, start + len(part)
+        return
+    middle = len(part) // 2
+    before = max((match.start() for match in _SPACE.finditer(part, 1, middle)), default=0)
+    after = _SPACE.search(part, middle, len(part) - 1)
+    spaces = [place for place in (before, after.start() if after else 0) if place]
+    cut = start + min(spaces, key=lambda place: abs(place - middle), default=middle)
+    yield from _halved(text, (start, cut), count, budget)
+    yield from _halved(text, (cut, start + len(part)), count, budget)
+
+
+def _pack(text: str, parts: list[Span], count: Count, budget: int, overlap: int) -> Iterator[str]:
+    """Join parts to bodies within the budget; each begins with the last `overlap` parts of the one before."""
+    gaps = ["\n\n", *(text[end:start] for (_, end), (start, _) in pairwise(parts))]  # before each
+    sizes = [
+        count(text[start:end]) + max(1, min(len(gap), count(gap) + 1))
+        for (start, end), gap in zip(parts, gaps, strict=False)
+    ]
+    start = 0
+    while start < len(parts):
+        stop, used = start + 1, sizes[start]
+        while stop < len(parts) and used + sizes[stop] <= budget:
+            used += sizes[stop]
             stop += 1
-        body = "".join(separator + sentence for separator, sentence in sentences[start:stop])
-        yield body.strip()
-        start = stop if stop == len(sentences) else max(stop - overlap, start + 1)
+        yield text[parts[start][0] : parts[stop - 1][1]]
+        start = stop if stop == len(parts) else max(stop - overlap, start + 1)

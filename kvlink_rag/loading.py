@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvlink_rag.errors import BadDocument, BadInput, MissingExtra
 from kvlink_rag.types import Document
@@ -15,7 +16,10 @@ from kvlink_rag.types import Document
 SUFFIXES = (".txt", ".md", ".rst", ".html", ".pdf")
 
 
-_INLINE = frozenset(["a", "b", "i", "em", "strong", "span", "code", "small", "sub", "sup", "mark", "u"])
+_CELLS = ["td", "th"]
+_INLINE = frozenset(["a", "b", "i", "em", "strong", "span", "code", "small", "sub", "sup", "mark", "u", *_CELLS])
+_BLANKS = re.compile(r"\s+")
+_LINE_OF_A_PAGE = re.compile(r"(?<!\n)\n(?!\s*\n)")  # where a page ends its lines, not where the text does
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,11 @@ def _read_markdown(data: bytes) -> tuple[str | None, str]:
     return (title if bare[-1:].strip() else bare.strip()) or None, rest
 
 
+def _table_of(block: Any) -> Any:
+    """The table that a row is in, else None."""
+    return block.find_parent("table") if block.name == "tr" else None
+
+
 def _read_html(data: bytes) -> tuple[str | None, str]:
     try:
         from bs4 import BeautifulSoup, NavigableString, ParserRejectedMarkup
@@ -148,20 +157,29 @@ def _read_html(data: bytes) -> tuple[str | None, str]:
     title = soup.title.get_text(" ", strip=True) if soup.title else None
     body = soup.body or soup
     parts: list[str] = []
-    block = None  # the one whose text is being gathered
+    block = last = None  # the one whose text is being gathered, and the latest of all
     for node in body.descendants:
         if type(node) is NavigableString:
             home = node.parent
             while home is not body and home.name in _INLINE:
                 home = home.parent
+            is_verbatim = "pre" in (home.name, home.parent and home.parent.name)
+            text = str(node) if is_verbatim else _BLANKS.sub(" ", node)
             if home is not block:
-                parts.append("\n\n")
-                block = home
-            parts.append(str(node))
-        elif getattr(node, "name", None) and node.name not in _INLINE:
+                if not text.strip():
+                    continue
+                parts.append("\n" if last and _table_of(last) and _table_of(last) is _table_of(home) else "\n\n")
+                block = last = home
+            parts.append(text if is_verbatim or not parts[-1][-1:].isspace() else text.lstrip())
+        elif (name := getattr(node, "name", None)) == "br":
+            parts.append("\n")
+        elif name in _CELLS:
+            if node.parent is block:
+                parts.append("| " if parts[-1].endswith(" ") else " | ")
+        elif name and name not in _INLINE:
             block = None
-    lines = (line.strip() for line in "".join(parts).strip().splitlines())
-    return title, re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+    lines = (line.rstrip() for line in "".join(parts).strip("\n").splitlines())
+    return title, re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 def _read_pdf(data: bytes) -> tuple[str | None, str]:
@@ -174,7 +192,8 @@ def _read_pdf(data: bytes) -> tuple[str | None, str]:
         if reader.is_encrypted:
             raise BadDocument("an encrypted PDF; save it without a password first")
         title = reader.metadata.title if reader.metadata else None
-        return title if isinstance(title, str) else None, "\n\n".join(page.extract_text() for page in reader.pages)
+        pages = (_LINE_OF_A_PAGE.sub(" ", page.extract_text()) for page in reader.pages)
+        return title if isinstance(title, str) else None, "\n\n".join(pages)
     except BadDocument:
         raise
     except Exception as error:  # pypdf raises many kinds, some no kin of its own

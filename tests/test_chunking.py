@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -163,3 +164,21 @@ def test_no_blank_is_put_where_the_text_has_none():
     word = "x" * 60
     for body in bodies_of(f"See {word} for more.", count_bytes, max_tokens=40):
         assert body in f"See {word} for more."
+
+CODE = "def turn(times):\n    for _ in range(times):\n        mill.turn()\n\n    return mill.height"
+TABLE = "| hall | opens |\n|---|--:|\n| west | 9:00 |\n| east | 10:30 |"
+
+
+@pytest.mark.parametrize("text", [CODE, TABLE, "1. Stop the mill.\n   Wait.\n2. Open the sluice."])
+def test_lines_of_code_and_of_tables_stay_lines(text):
+    """What is read and shown as a source is what stands in the file, indentation included."""
+    assert bodies_of(text, max_tokens=60) == [text]
+    assert bodies_of(text.replace("\n", "\r\n"), max_tokens=60) == [text]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS, max_tokens=st.integers(16, 40), overlap=st.integers(0, 2))
+def test_each_chunk_stands_in_its_document_word_for_word(text, max_tokens, overlap):
+    """Nothing is put between two sentences that is not there; of empty lines one is kept."""
+    text = re.sub(r"\n\s*\n", "\n\n", text)
+    assert all(body in text for body in bodies_of(text, max_tokens=max_tokens, overlap_sentences=overlap))

@@ -30,8 +30,9 @@ def skipped_of(*sources) -> dict[str, str]:
 
 
 def pdf_of(text: str, title: str = "The tide mill") -> bytes:
-    """A PDF of one page, written by hand."""
-    content = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+    """A PDF of one page, written by hand, each line of the text below the one before."""
+    lines = text.replace("\n", ") Tj 0 -14 Td (")
+    content = f"BT /F1 12 Tf 72 720 Td ({lines}) Tj ET".encode()
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
@@ -90,6 +91,49 @@ def test_a_folder_gives_its_documents_with_titles_and_says_what_it_left_out(tmp_
     assert found["e.pdf"] == ("The tide mill", "The mill turns twice a day.")
     assert skipped_of(tmp_path) == {name: "not one of .txt .md .rst .html .pdf" for name in ("Makefile", "f.docx")}
     assert all(Path(document.id).is_absolute() for document in documents_of(tmp_path))
+
+
+HTML = """<h1>Dam</h1>
+<p>It is <b>old</b>,
+   <i>very</i>.</p>
+<table><thead><tr><th>hall</th> <th>opens</th></tr></thead>
+<tbody><tr>
+  <td><b>West</b> hall</td>
+  <td>9:00</td></tr>
+<tr><td></td><td>10:30</td></tr></tbody></table>
+<pre><code>def turn():
+    mill.turn()
+</code></pre>
+<table><tr><td>12 Quay St<br>
+Salt Harbour</td></tr></table> <a href="x">Map</a>  of it"""
+
+READ = """Dam
+
+It is old, very.
+
+hall | opens
+West hall | 9:00
+10:30
+
+def turn():
+    mill.turn()
+
+12 Quay St
+Salt Harbour
+
+Map of it"""
+
+
+def test_html_keeps_rows_of_tables_and_lines_of_code_and_joins_the_lines_of_its_source(tmp_path):
+    """A line ends where a browser ends it."""
+    (tmp_path / "dam.html").write_text(HTML)
+    assert [document.text for document in documents_of(tmp_path)] == [READ]
+
+
+def test_the_lines_of_a_pdf_page_are_joined(tmp_path):
+    """They end where the page does; words and sentences go on."""
+    (tmp_path / "mill.pdf").write_bytes(pdf_of("The mill turns\ntwice a day. It rests\nat noon."))
+    assert [document.text for document in documents_of(tmp_path)] == ["The mill turns twice a day. It rests at noon."]
 
 
 @pytest.mark.parametrize(
