@@ -78,7 +78,21 @@ def test_a_file_is_added_asked_about_and_deleted(page, server):
     expect(page.locator("#sources .text").first).to_contain_text("nest in May")
     expect(page.locator("#n-rate")).to_have_text("100 %")
     page.get_by_role("button", name="Delete gulls.md").click()
+    page.get_by_role("button", name="Really delete gulls.md").click()
     expect(page.locator("#n-documents")).to_have_text("2")
+
+
+def test_one_click_deletes_nothing(page, server):
+    """The second one on the same button does; what is clicked or focused between takes the first back."""
+    page.get_by_role("button", name=re.compile("^Delete")).first.click()
+    expect(page.get_by_role("button", name=re.compile("^Really delete"))).to_have_text("Really?")
+    page.get_by_label("Question").focus()
+    expect(page.get_by_role("button", name=re.compile("^Really delete"))).to_have_count(0)
+    page.get_by_role("button", name=re.compile("^Delete")).first.click()
+    with server.client() as client:
+        assert len(client.get("/v1/documents").json()["data"]) == 2
+    page.keyboard.press("Enter")
+    expect(page.locator("#n-documents")).to_have_text("1")
 
 
 def test_numbers_that_come_late_do_not_replace_newer_ones(page):
@@ -97,7 +111,7 @@ def test_numbers_that_come_late_do_not_replace_newer_ones(page):
     page.wait_for_function("() => !document.getElementById('send').disabled")
     while not held:
         page.wait_for_timeout(10)
-    page.get_by_role("button", name=re.compile("^Delete")).first.click()
+    page.get_by_role("button", name=re.compile("^Delete")).first.dblclick()
     expect(page.locator("#n-documents")).to_have_text("1")
     (route, old) = held[0]
     with page.expect_response("**/v1/store"):

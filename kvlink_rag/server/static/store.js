@@ -4,6 +4,7 @@ import { get, remove, upload } from "./api.js";
 import { byId, copyOf, shortName } from "./dom.js";
 
 const SHOWN = 100;
+const STAGES = { encoding: "chunk", embedding: "vector" }; // of so many
 let newest = 0; // of several requests under way only the last one made is shown
 
 export async function refresh(problem) {
@@ -30,8 +31,18 @@ function row(item, problem) {
   node.querySelector(".name").title = item.id;
   node.querySelector(".facts").textContent = `${item.chunks} ${item.chunks === 1 ? "chunk" : "chunks"}, ${item.tokens.toLocaleString("en")} tokens`;
   const button = node.querySelector("button");
-  button.setAttribute("aria-label", `Delete ${shortName(item.id)}`);
+  const ask = (isSure) => {
+    button.classList.toggle("sure", isSure);
+    button.textContent = isSure ? "Really?" : "Delete";
+    button.setAttribute("aria-label", `${isSure ? "Really delete" : "Delete"} ${shortName(item.id)}`);
+  };
+  ask(false);
+  button.addEventListener("blur", () => ask(false));
   button.addEventListener("click", async () => {
+    if (!button.classList.contains("sure")) {
+      button.focus(); // not every browser gives it to what is clicked
+      return ask(true);
+    }
     button.disabled = true;
     try {
       await remove(item.id);
@@ -69,7 +80,8 @@ async function add(files, problem) {
   try {
     let job = await upload(files);
     while (job.status === "queued" || job.status === "running") {
-      state.textContent = job.stage === "encoding" ? `chunk ${job.done} of ${job.total}` : job.stage || "waiting";
+      const stage = STAGES[job.stage] ?? job.stage ?? "waiting";
+      state.textContent = job.total ? `${stage} ${job.done} of ${job.total}` : stage;
       if (job.total) { bar.max = job.total; bar.value = job.done; }
       await new Promise((resolve) => setTimeout(resolve, 300));
       job = await get(`/v1/jobs/${job.id}`);
