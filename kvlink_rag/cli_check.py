@@ -24,7 +24,7 @@ from kvlink_rag.cli_options import (
     loaded,
     numbers,
 )
-from kvlink_rag.config import AUTO, PUBLIC, UNTRAINED
+from kvlink_rag.config import AUTO, DEFAULT_PRECISION, PUBLIC, UNTRAINED
 from kvlink_rag.console import notes, progress_bar
 from kvlink_rag.errors import BadInput
 
@@ -46,7 +46,7 @@ def check(
     embedder: Embedder = DEFAULT_EMBEDDER_NAME,
     links: Links = None,
     adapter: Adapter = None,
-    precision: Precision = "model",
+    precision: Precision = None,
     namespace: Namespace = PUBLIC,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -76,7 +76,7 @@ def check(
                 link_tokens,
                 examples,
                 names,
-                precision=precision,
+                precision=precision or DEFAULT_PRECISION,
                 lengths=lengths,
                 repeats=repeats,
                 progress=progress,
@@ -107,7 +107,7 @@ def check(
                 rag.links,
                 examples,
                 [rag.linking, *BESIDE],
-                precision=precision,
+                precision=rag.precision,
                 lengths=lengths,
                 repeats=repeats,
                 progress=progress,

@@ -40,7 +40,14 @@ MaxGib = Annotated[
         help="Budget of the store in GiB; old KV makes room for new. Default: what it was last given, at first 20.",
     ),
 ]
-Precision = Annotated[str, typer.Option("--precision", help="How KV is stored: model, int8 or int4; int4/32: groups.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="How KV is stored: model, int8 or int4; int4/32: groups. Default: what the store was last given, "
+        "at first model.",
+    ),
+]
 Namespace = Annotated[str, typer.Option("--namespace", help="Whose documents; nobody else finds them.")]
 INTEGRITY_KEY = "KVLINK_INTEGRITY_KEY"  # environment variable: 64 hex digits that seal the store's entries
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]

@@ -45,7 +45,7 @@ def serve(
     dtype: Dtype = "auto",
     device: Device = "auto",
     linking: Linking = "auto",
-    precision: Precision = "model",
+    precision: Precision = None,
     max_gib: MaxGib = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer a request may ask for.", min=1)] = 1024,
     max_waiting: Annotated[int, typer.Option(help="Answers that may wait for their turn.", min=0)] = 16,

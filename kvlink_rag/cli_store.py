@@ -23,7 +23,7 @@ from kvlink_rag.cli_options import (
     loaded_model,
     must_be_store,
 )
-from kvlink_rag.config import DEFAULT_STORE, PUBLIC
+from kvlink_rag.config import DEFAULT_PRECISION, DEFAULT_STORE, PUBLIC
 from kvlink_rag.console import say
 from kvlink_rag.errors import BadInput, KVLinkError
 
@@ -129,7 +129,7 @@ def _maintained(store: Path, namespace: str) -> Iterator[Any]:
 
 def bench_store(
     repeats: Annotated[int, typer.Option(help="Runs; medians are shown.", min=1)] = 7,
-    precision: Precision = "model",
+    precision: Precision = None,
     model: Model = DEFAULT_MODEL_NAME,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -140,6 +140,6 @@ def bench_store(
     from kvlink_rag.evaluation.store_speed import run_store
     from kvlink_rag.packing import Precision as Packing
 
-    packing = Packing.parse(precision)
+    packing = Packing.parse(precision or DEFAULT_PRECISION)
     language_model, _ = loaded_model(model, dtype, device)
     say(compute.run(lambda job: run_store(language_model, packing, repeats)), as_json)

@@ -14,6 +14,7 @@ AUTO = "auto"  # in place of a linking: link_tokens where trained ones are at ha
 DEFAULT_K = 3  # chunks to retrieve; a small model loses its way in more
 GIB = 2**30
 DEFAULT_MAX_BYTES = 20 * GIB  # of a store's entries together
+DEFAULT_PRECISION = "model"  # of KV at rest: as the model computes it
 MIN_TEMPERATURE = 1e-4  # lower ones are greedy: dividing by them would leave the range of float32
 
 

@@ -22,6 +22,7 @@ from kvlink_rag.chunking import chunk_text
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
     AUTO,
+    DEFAULT_PRECISION,
     DEFAULT_STORE,
     PUBLIC,
     UNTRAINED,
@@ -39,7 +40,7 @@ from kvlink_rag.links import Checkpoint, LinkTokens, checkpoint_digest
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.prompt import Message
-from kvlink_rag.store.folder import open_entries, open_folder
+from kvlink_rag.store.folder import open_entries, open_folder, store_precision
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.store.memory import MemoryTier
 from kvlink_rag.store.namespaces import namespace_folder, namespace_id
@@ -67,18 +68,19 @@ class KVLinkEngine:
         limits: StoreSettings | None = None,
         chunk_template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
-        precision: str = "model",
+        precision: str | None = None,
         namespace: str = PUBLIC,
     ):
         self.model = model
         self.limits = limits or StoreSettings()
         self.links = links or LinkTokens.untrained(model)
-        self.encoder = Encoder(
-            model, template=chunk_template, encoding_prefix=encoding_prefix, precision=Precision.parse(precision)
-        )
+        Precision.parse(precision or DEFAULT_PRECISION)  # before the store remembers it
+        self.folder = open_folder(store, self.limits.integrity_key)
+        self.precision = store_precision(self.folder, precision)
+        kept_as = Precision.parse(self.precision)
+        self.encoder = Encoder(model, template=chunk_template, encoding_prefix=encoding_prefix, precision=kept_as)
         self.links.check_recipe(self.encoder.recipe)
         self.linking = self._resolved(linking)
-        self.folder = open_folder(store, self.limits.integrity_key)
         self.entries = open_entries(self.folder, self.limits)
         self.memory = MemoryTier(self.limits.max_memory_bytes)
         self._enter(namespace)
@@ -126,7 +128,7 @@ class KVLinkEngine:
         device: str = "auto",
         limits: StoreSettings | None = None,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
-        precision: str = "model",
+        precision: str | None = None,
         namespace: str = PUBLIC,
         **more: Any,
     ) -> Self:
@@ -134,8 +136,9 @@ class KVLinkEngine:
 
         model: folder, hub id or the default's name. links: folder or hub id of a link checkpoint for this very model;
         None: the one that comes with this package, if it has one for the model; "untrained": none. adapter: PEFT
-        folder. precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`). namespace: see
-        `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore, BadInput.
+        folder. precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`); None: as the store was
+        given it last. namespace: see `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore,
+        BadInput.
         """
         resolve_linking(linking, has_links=False)  # a wrong name or folder is said before seconds of loading
         open_folder(store, (limits or StoreSettings()).integrity_key)

@@ -59,7 +59,7 @@ class KVLinkRAG(KVLinkEngine):
         limits: StoreSettings | None = None,
         chunk_template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
-        precision: str = "model",
+        precision: str | None = None,
         namespace: str = PUBLIC,
     ):
         super().__init__(
@@ -91,15 +91,15 @@ class KVLinkRAG(KVLinkEngine):
         chunking: ChunkSettings | None = None,
         limits: StoreSettings | None = None,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
-        precision: str = "model",
+        precision: str | None = None,
         namespace: str = PUBLIC,
     ) -> KVLinkRAG:
         """Load models and open the store.
 
         model, embedder: folder, hub id or the default's name. links: folder or hub id of a link checkpoint for this
         very model. adapter: PEFT folder. precision: how KV lies in the store, "model", "int8" or "int4" (see
-        `Precision`). namespace: see `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore,
-        BadInput.
+        `Precision`); None: as the store was given it last. namespace: see `within`. Raises UnsupportedModel,
+        MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
         return super().load(
             model,

@@ -165,6 +165,7 @@ def test_no_blank_is_put_where_the_text_has_none():
     for body in bodies_of(f"See {word} for more.", count_bytes, max_tokens=40):
         assert body in f"See {word} for more."
 
+
 CODE = "def turn(times):\n    for _ in range(times):\n        mill.turn()\n\n    return mill.height"
 TABLE = "| hall | opens |\n|---|--:|\n| west | 9:00 |\n| east | 10:30 |"
 

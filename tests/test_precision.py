@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from kvlink_rag.config import StoreSettings
-from kvlink_rag.errors import BadInput
+from kvlink_rag.errors import BadInput, NotAStore
 from kvlink_rag.types import Document
 
 DOCUMENTS = [
@@ -52,3 +54,25 @@ def test_a_precision_that_is_none_is_refused_before_anything_is_made(open_rag, t
     with pytest.raises(BadInput, match="'int8' or 'int4'"):
         open_rag(store=tmp_path / "new", precision="int5")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_store_keeps_kv_as_it_was_last_told_to(open_rag, tmp_path):
+    """Whoever opens it without a precision, as a question does, finds the KV that is there."""
+    open_rag(precision="int8").add(DOCUMENTS)
+    rag = open_rag()
+    assert rag.precision == "int8" and all(source.reused for source in rag.ask(QUESTION, max_new_tokens=1).sources)
+    assert open_rag(precision="int4/8").precision == open_rag().precision == "int4/8"
+    with pytest.raises(BadInput, match="got 'int5'"):
+        open_rag(precision="int5")
+    assert open_rag(precision="model").precision == open_rag().precision == "model"
+    assert open_rag(store=tmp_path / "another").precision == "model"
+
+
+@pytest.mark.parametrize("written", [8, "int5"])
+def test_a_store_whose_precision_cannot_be_read_says_so(open_rag, tmp_path, written):
+    """It is no store of ours, or one that was changed."""
+    open_rag().add(DOCUMENTS)
+    manifest = tmp_path / "store" / "store.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "precision": written}))
+    with pytest.raises((NotAStore, BadInput), match=str(written)):
+        open_rag()

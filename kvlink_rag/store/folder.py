@@ -9,7 +9,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from kvlink_rag.config import DEFAULT_MAX_BYTES, StoreSettings
+from kvlink_rag.config import DEFAULT_MAX_BYTES, DEFAULT_PRECISION, StoreSettings
 from kvlink_rag.errors import CannotStore, NotAStore
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kvdisk import is_leftover, replace
@@ -68,15 +68,26 @@ def _is_beginning(name: str) -> bool:
 
 def open_entries(folder: Path, limits: StoreSettings) -> DiskStore:
     """The entries of a store's folder, within its limits. A budget that is given is the store's from now on."""
-    known = _manifest(folder).get("max_bytes", DEFAULT_MAX_BYTES)
-    max_bytes = known if limits.max_bytes is None else limits.max_bytes
-    if max_bytes != known:
-        try:
-            with writer_lock(folder / LOCK):
-                replace(folder / MANIFEST, json.dumps({**_manifest(folder), "max_bytes": max_bytes}).encode())
-        except (OSError, CannotStore) as error:  # a full disk can still be read and deleted from
-            log.warning("the budget of %s is not remembered: %s", folder, getattr(error, "strerror", error))
+    max_bytes = _remembered(folder, "max_bytes", limits.max_bytes, DEFAULT_MAX_BYTES)
     return DiskStore(folder / "kv", max_bytes=max_bytes, ttl_s=limits.ttl_s, integrity_key=limits.integrity_key)
+
+
+def store_precision(folder: Path, given: str | None) -> str:
+    """How KV lies in a store, as `Precision` reads it: what was last given, which is the store's from now on."""
+    return str(_remembered(folder, "precision", given, DEFAULT_PRECISION))
+
+
+def _remembered(folder: Path, name: str, given: Any, default: Any) -> Any:
+    """What the store was last given under this name; now `given`, unless that is None."""
+    known = _manifest(folder).get(name, default)
+    if given is None or given == known:
+        return known
+    try:
+        with writer_lock(folder / LOCK):
+            replace(folder / MANIFEST, json.dumps({**_manifest(folder), name: given}).encode())
+    except (OSError, CannotStore) as error:  # a full disk can still be read and deleted from
+        log.warning("%s %s of %s is not remembered: %s", name, given, folder, getattr(error, "strerror", error))
+    return given
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -91,6 +102,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     budget = about.get("max_bytes", DEFAULT_MAX_BYTES)
     if type(budget) is not int or budget < 1:
         raise NotAStore(f"{manifest} has a budget of {budget!r} bytes; take max_bytes out of it, or give a number")
+    if not isinstance(about.get("precision", DEFAULT_PRECISION), str):
+        raise NotAStore(f"{manifest} has a precision of {about['precision']!r}; take it out, or name one")
     return about
 
 
