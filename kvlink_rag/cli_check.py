@@ -117,6 +117,11 @@ def check(
         print(json.dumps(verdict.to_json()))
     else:
         print(report(verdict))
+        if store is None and data is None:
+            notes.print(
+                "these are easy questions that come along; --store asks about your documents, --data your questions",
+                style="dim",
+            )
     if not verdict.is_safe:
         notes.print(verdict.advice, style="red", markup=False, soft_wrap=True)
         raise typer.Exit(UNSAFE)

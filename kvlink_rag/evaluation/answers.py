@@ -326,8 +326,8 @@ def _means(rows: Sequence[Row]) -> Row:
     means: Row = {"examples": len(answered), "too_long": len(rows) - len(answered)}
     for metric in METRICS:
         if values := [row[metric] for row in answered if row.get(metric) is not None]:
-            means[metric] = round(sum(values) / len(values), 4)
-            means[f"{metric}_interval"] = [round(bound, 4) for bound in interval(values)]
+            means[metric] = round(sum(values) / len(values), 6)
+            means[f"{metric}_interval"] = [round(bound, 6) for bound in interval(values)]
     return means
 
 
@@ -340,6 +340,6 @@ def _over_all(arm: tuple[str, str], rows: Sequence[Row]) -> Row:
     for metric in METRICS:
         sets = [[row[metric] for row in answered if row["data"] == n and row.get(metric) is not None] for n in names]
         if sets := [values for values in sets if values]:
-            total[metric] = round(sum(sum(values) / len(values) for values in sets) / len(sets), 4)
-            total[f"{metric}_interval"] = [round(bound, 4) for bound in interval_of_means(sets)]
+            total[metric] = round(sum(sum(values) / len(values) for values in sets) / len(sets), 6)
+            total[f"{metric}_interval"] = [round(bound, 6) for bound in interval_of_means(sets)]
     return total

@@ -31,8 +31,8 @@ from kvlink_rag.training.layout import Turn, lay_out
 CHUNK_TOKENS = 200  # a typical chunk, for bytes a token
 LENGTHS = (500, 1000, 2000)  # tokens of context on the clock
 # A linking passes if it predicts what a full prefill predicts at so many of an answer's tokens, and holds accepted
-# answers no less likely than by so much. Between the two lie what ships (passes) and chunks that were never moved or
-# are joined by random links (fail): docs/evaluation.md has the figures.
+# answers no less likely than by so much. Between the two lie what ships (passes) and chunks that were never moved
+# (fail): docs/evaluation.md has the figures.
 MIN_AGREEMENT = 0.95
 MAX_NLL_GAP = 0.05  # nats a token
 MIN_EXACT = 0.98

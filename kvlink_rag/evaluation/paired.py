@@ -9,12 +9,8 @@ from typing import Any
 from kvlink_rag.evaluation.scores import interval_of_means
 
 Row = Mapping[str, Any]
-METRICS = (("accuracy", 100), ("rouge_l", 100), ("nll", 1))
-MULTI_HOP = (
-    "hotpotqa",
-    "2wikimultihopqa",
-    "musique",
-)  # answers that no single document holds; KVLink reports them apart
+METRICS = (("accuracy", 100), ("f1", 100), ("rouge_l", 100), ("nll", 1))
+MULTI_HOP = ("hotpot", "2wiki", "musique")  # files of answers that no single document holds; KVLink reports them apart
 
 
 def differences(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -41,7 +37,7 @@ def differences(rows: Sequence[Row]) -> list[dict[str, Any]]:
             name: [(by_arm[one][place], by_arm[other][place]) for place in common if place[0] == name] for name in names
         }
         groups: list[tuple[str, list[str]]] = [(name, [name]) for name in names]
-        multi_hop = [name for name in names if name.split(".")[0] in MULTI_HOP]
+        multi_hop = [name for name in names if name.startswith(MULTI_HOP)]
         groups += [(f"multi-hop, {len(multi_hop)} sets", multi_hop)] * (1 < len(multi_hop) < len(names))
         groups += [(f"all {len(names)} sets", names)] * (len(names) > 1)
         for title, members in groups:
@@ -52,7 +48,7 @@ def differences(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def paired_table(rows: Sequence[Row]) -> str:
-    """`differences` as a Markdown table, in points (accuracy, ROUGE-L) and nats a token (NLL)."""
+    """`differences` as a Markdown table, in points (accuracy, F1, ROUGE-L) and nats a token (NLL)."""
     metrics = [(name, scale) for name, scale in METRICS if any(name in row for row in rows)]
     lines = [
         "| first minus second | data | questions | " + " | ".join(name for name, _ in metrics) + " |",
@@ -77,7 +73,7 @@ def _means(sets: Iterable[list[tuple[Row, Row]]]) -> Iterable[tuple[str, tuple[f
         ]
         if all(values):
             mean = sum(sum(each) / len(each) for each in values) / len(values)
-            yield metric, (round(mean, 4), *(round(bound, 4) for bound in interval_of_means(values)))
+            yield metric, (round(mean, 6), *(round(bound, 6) for bound in interval_of_means(values)))
 
 
 def _name(arm: tuple[str, str]) -> str:
