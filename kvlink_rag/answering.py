@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import not_
 
 from kvlink_rag.compute import Emit, Job
 from kvlink_rag.config import GenerationSettings
@@ -18,7 +19,9 @@ from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Prompt
-from kvlink_rag.types import Answer, Hit, Piece, Source, Timings, TokenCounts
+from kvlink_rag.types import Answer, Chunk, Hit, Piece, Source, Timings, TokenCounts
+
+Kept = Callable[[Chunk, tuple[int, ...]], None]  # a chunk and its token ids
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,11 @@ class Prepared:
 
 
 class AnswerMaker:
-    """Makes answers with one model, from one source of KV."""
+    """Makes answers with one model, from one source of KV. kept: told of chunks whose KV an answer computed."""
 
-    def __init__(self, model: LanguageModel, source: KVSource, links: LinkTokens):
+    def __init__(self, model: LanguageModel, source: KVSource, links: LinkTokens, kept: Kept | None = None):
         self.model, self._source, self._links = model, source, links
+        self._kept = kept
 
     def answer(self, request: Request, emit: Emit[Piece]) -> None:
         """Emit the answer piece by piece, the whole of it last. Raises PromptTooLong."""
@@ -136,6 +140,9 @@ class AnswerMaker:
         is_reused = [loading is not None and loading.is_reused(ids) for ids in prompt.chunk_ids]
         taken_back = context.taken_back or [0] * len(is_reused)
         kept = [len(ids) - num for ids, num in zip(prompt.chunk_ids, taken_back, strict=True)]
+        if loading and request.reuse and self._kept:
+            for hit, ids in itertools.compress(zip(hits, prompt.chunk_ids, strict=True), map(not_, is_reused)):
+                self._kept(hit.chunk, ids)
         num_reused = sum(itertools.compress(kept, is_reused))
         num_reused += len(prompt.prefix_ids) if has_prefix else 0
         sources = tuple(

@@ -64,7 +64,7 @@ class Asking:
         in_place: list[Hit] = []
         match = options.get("match_documents", False)
         laid_out = [{**message, "content": self._pieces(message, in_place, match)} for message in messages]
-        self._note_unmatched(options, bool(in_place or given), match)
+        self._note_unmatched(options, bool(in_place or given or find), match)
         has_system = bool(messages) and messages[0].get("role") == "system"
         system = options.get("system")
         prompt = build_prompt(

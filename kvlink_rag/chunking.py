@@ -85,7 +85,7 @@ def _pack(text: str, parts: list[Span], count: Count, budget: int, overlap: int)
     """Join parts to bodies within the budget; each begins with the last `overlap` parts of the one before."""
     gaps = ["\n\n", *(text[end:start] for (_, end), (start, _) in pairwise(parts))]  # before each
     sizes = [
-        count(text[start:end]) + max(1, min(len(gap), count(gap) + 1))
+        count(text[start:end]) + max(1, min(len(gap.encode()), count(gap) + 1))
         for (start, end), gap in zip(parts, gaps, strict=False)
     ]
     start = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +37,7 @@ from kvlink_rag.cli_store import bench_store, store_app
 from kvlink_rag.cli_train import train
 from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, PUBLIC, GenerationSettings
 from kvlink_rag.console import notes, progress_bar, read_line, say_plan, say_sources, show
-from kvlink_rag.errors import BadInput, KVLinkError
+from kvlink_rag.errors import BadInput, KVLinkError, PromptTooLong
 
 app = typer.Typer(
     help="Read every document once; answer from its stored KV.", no_args_is_help=True, add_completion=False,
@@ -68,7 +69,7 @@ def add(
 ) -> None:
     """Read documents once: chunk, encode, index. Run again to update; unchanged ones cost nothing."""
     for path in paths:
-        if not path.exists():
+        if not os.path.exists(path):
             raise BadInput(f"{path}: no such file or folder")
     with loaded(
         store,
@@ -189,7 +190,16 @@ def chat(
         messages: list[dict[str, str]] = []
         while (words := read_line()) is not None:
             messages.append({"role": "user", "content": words})
-            answer = show(rag.stream(messages, k=k, max_new_tokens=max_new_tokens), quiet=as_json)
+            try:
+                answer = show(rag.stream(messages, k=k, max_new_tokens=max_new_tokens), quiet=as_json)
+            except PromptTooLong as error:
+                messages.pop()
+                forgotten, messages = messages[:2], messages[2:]
+                what = (
+                    "the first question and its answer are forgotten; ask again" if forgotten else "ask a shorter one"
+                )
+                notes.print(f"{error}. For this: {what}", style="yellow", markup=False, soft_wrap=True)
+                continue
             messages.append({"role": "assistant", "content": answer.text})
             if as_json:
                 print(json.dumps(answer.to_json()), flush=True)

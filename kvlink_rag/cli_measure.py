@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,7 +181,8 @@ def evaluate(
     arms = []
     chosen_links: Sequence[str | None] = links or [None]
     for chosen in chosen_links:
-        chosen, _, its_own = (chosen or "").partition("=")
+        is_folder = os.path.exists(chosen or "")
+        chosen, _, its_own = (chosen or "", "", "") if is_folder else (chosen or "").partition("=")
         own_linkings = _known(its_own) if its_own else None
         language_model, link_tokens = linked_model(model, dtype, device, chosen or None, adapter)
         label = UNTRAINED if link_tokens.name == UNTRAINED else Path(link_tokens.name).name

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvlink_rag import collector
-from kvlink_rag.config import GIB
+from kvlink_rag.config import GIB, PUBLIC
 from kvlink_rag.console import notes
 from kvlink_rag.errors import BadInput
 
@@ -44,8 +44,8 @@ Precision = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="How KV is stored: model, int8 or int4; int4/32: groups. Default: what the store was last given, "
-        "at first model.",
+        help="How KV is stored: model, int8 or int4; int4/32: groups. Default: as documents were "
+        "last added, at first model.",
     ),
 ]
 Namespace = Annotated[str, typer.Option("--namespace", help="Whose documents; nobody else finds them.")]
@@ -89,6 +89,7 @@ def loaded(
     """The store with its models, loaded with a note on stderr."""
     if must_exist:
         must_be_store(store)
+        must_be_namespace(store, options.get("namespace", PUBLIC))
     max_bytes = None if max_gib is None else size_bytes("--max-gib", max_gib)
     from kvlink_rag.store.folder import open_folder
 
@@ -101,6 +102,8 @@ def loaded(
         limits = StoreSettings(max_bytes=max_bytes, integrity_key=integrity_key())
         rag = KVLinkRAG.load(model, store, embedder=embedder, limits=limits, **options)
         rag.warm_up()
+    if must_exist and not rag.index.counts()[1]:
+        notes.print(f"{store} holds no documents; add some with: kvlink add PATH --store {store}", style="yellow")
     with rag:
         yield rag
 
@@ -119,10 +122,10 @@ def integrity_key() -> bytes | None:
 
 def numbers(option: str, text: str) -> list[int]:
     """The numbers of an option like 1000,2000. Raises BadInput."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise BadInput(f"{option} takes numbers like 1000,2000; got {text!r}") from None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise BadInput(f"{option} takes numbers like 1000,2000; got {text!r}")
+    return [int(part) for part in parts]
 
 
 def size_bytes(option: str, gib: float) -> int:
@@ -133,8 +136,16 @@ def size_bytes(option: str, gib: float) -> int:
 
 
 def must_be_store(store: Path) -> None:
-    if not (store / "store.json").exists():
+    if not os.path.exists(store / "store.json"):
         raise BadInput(f"no store in {store}; make one with: kvlink add PATH --store {store}")
+
+
+def must_be_namespace(store: Path, namespace: str) -> None:
+    from kvlink_rag.store.namespaces import namespace_id
+
+    identifier = namespace_id(store, namespace)
+    if identifier and not (store / "namespaces" / identifier).is_dir():
+        raise BadInput(f"there is no namespace {namespace!r} in {store}; see: kvlink store stats --store {store}")
 
 
 def quiet_libraries() -> None:

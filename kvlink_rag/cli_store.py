@@ -21,6 +21,7 @@ from kvlink_rag.cli_options import (
     Store,
     integrity_key,
     loaded_model,
+    must_be_namespace,
     must_be_store,
 )
 from kvlink_rag.config import DEFAULT_PRECISION, DEFAULT_STORE, PUBLIC
@@ -60,7 +61,7 @@ def list_documents(store: Store = Path(DEFAULT_STORE), namespace: Namespace = PU
     """Ids of all documents."""
     with _maintained(store, namespace) as (index, _):
         ids = index.document_ids()
-        print(json.dumps(ids) if as_json else "\n".join(ids))
+        print(json.dumps(ids) if as_json else "".join(f"{name}\n" for name in ids), end="\n" if as_json else "")
 
 
 @store_app.command()
@@ -73,6 +74,7 @@ def delete(
     """Remove documents with their chunks and stored KV."""
     from kvlink_rag.maintenance import delete_documents
 
+    documents = [name.encode(errors="backslashreplace").decode() for name in dict.fromkeys(documents)]
     with _maintained(store, namespace) as (index, entries):
         known = [name if index.document_digest(name) is not None else str(Path(name).resolve()) for name in documents]
         removed = delete_documents(index, entries, known)
@@ -112,12 +114,10 @@ def _maintained(store: Path, namespace: str) -> Iterator[Any]:
     from kvlink_rag.config import StoreSettings
     from kvlink_rag.index import VectorIndex
     from kvlink_rag.store.folder import open_entries, open_folder
-    from kvlink_rag.store.namespaces import namespace_folder, namespace_id
+    from kvlink_rag.store.namespaces import namespace_folder
 
     folder = open_folder(store, integrity_key())
-    identifier = namespace_id(folder, namespace)
-    if identifier and not (folder / "namespaces" / identifier).is_dir():
-        raise BadInput(f"there is no namespace {namespace!r} in {store}; see: kvlink store stats --store {store}")
+    must_be_namespace(folder, namespace)
     index = VectorIndex(namespace_folder(folder, namespace))
     entries = open_entries(folder, StoreSettings(integrity_key=integrity_key()))
     try:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -32,6 +33,7 @@ from kvlink_rag.config import (
 from kvlink_rag.default_models import DEFAULT_MODEL
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.encoding_prefix import CHUNK_TEMPLATE, DEFAULT_ENCODING_PREFIX
+from kvlink_rag.errors import KVLinkError
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import Ingestion, Progress
 from kvlink_rag.kv_source import KVSource
@@ -40,11 +42,11 @@ from kvlink_rag.links import Checkpoint, LinkTokens, checkpoint_digest
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.prompt import Message
-from kvlink_rag.store.folder import open_entries, open_folder, store_precision
+from kvlink_rag.store.folder import open_entries, open_folder, remember_precision, store_precision
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.store.memory import MemoryTier
 from kvlink_rag.store.namespaces import namespace_folder, namespace_id
-from kvlink_rag.types import AddReport, Answer, Hit, Piece
+from kvlink_rag.types import AddReport, Answer, Chunk, Hit, Piece
 
 log = logging.getLogger(__name__)
 TYPICAL_TOKENS = 200  # of a chunk
@@ -74,9 +76,9 @@ class KVLinkEngine:
         self.model = model
         self.limits = limits or StoreSettings()
         self.links = links or LinkTokens.untrained(model)
-        Precision.parse(precision or DEFAULT_PRECISION)  # before the store remembers it
+        Precision.parse(precision or DEFAULT_PRECISION)  # refused before a store is made
         self.folder = open_folder(store, self.limits.integrity_key)
-        self.precision = store_precision(self.folder, precision)
+        self.precision = precision or store_precision(self.folder)
         kept_as = Precision.parse(self.precision)
         self.encoder = Encoder(model, template=chunk_template, encoding_prefix=encoding_prefix, precision=kept_as)
         self.links.check_recipe(self.encoder.recipe)
@@ -103,7 +105,7 @@ class KVLinkEngine:
         if not self.entries.read_only and self.index.get_meta("namespace") is None:
             self.index.set_meta("namespace", namespace)
         self._source = KVSource(self.encoder, self.kvs)
-        self._maker = AnswerMaker(self.model, self._source, self.links)
+        self._maker = AnswerMaker(self.model, self._source, self.links, self._note)
         self._asking = Asking(self.encoder, self.index)
 
     def within(self, namespace: str) -> Self:
@@ -136,9 +138,9 @@ class KVLinkEngine:
 
         model: folder, hub id or the default's name. links: folder or hub id of a link checkpoint for this very model;
         None: the one that comes with this package, if it has one for the model; "untrained": none. adapter: PEFT
-        folder. precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`); None: as the store was
-        given it last. namespace: see `within`. Raises UnsupportedModel, MissingModel, CheckpointMismatch, NotAStore,
-        BadInput.
+        folder. precision: how KV lies in the store, "model", "int8" or "int4" (see `Precision`); None: as documents
+        were last added to the store. namespace: see `within`. Raises UnsupportedModel, MissingModel,
+        CheckpointMismatch, NotAStore, BadInput.
         """
         resolve_linking(linking, has_links=False)  # a wrong name or folder is said before seconds of loading
         open_folder(store, (limits or StoreSettings()).integrity_key)
@@ -353,16 +355,32 @@ class KVLinkEngine:
         encode: str,
         progress: Progress | None,
     ) -> AddReport:
+        remember_precision(self.folder, self.precision)
         ingestion = Ingestion(self.encoder, None, self.index, self.entries, self.kvs, ChunkSettings(), self.limits)
         return ingestion.add_chunks(
             chunks, metadata=metadata or {}, vectors=vectors or {}, encode=encode, progress=checked(job, progress)
         )
 
     def _prefetch(self, job: Job, texts: Sequence[str]) -> None:
-        chunk_ids = [self.encoder.token_ids(chunk_text(text, None)) for text in texts if text.strip()]
-        self._source.encode([ids for ids in chunk_ids if not self._source.is_stored(ids)])
+        known = [chunk_text(text, None) for text in texts if text.strip()]
+        chunk_ids = [self.encoder.token_ids(text) for text in known]
+        missing = [ids for ids in chunk_ids if not self._source.is_stored(ids)]
+        self._source.encode(missing)
         for ids in chunk_ids:
             self.entries.advise(self.kvs.key(ids))
+        for text, ids in zip(known, chunk_ids, strict=True):
+            for document_id in self.index.documents_with(text) if ids in missing else ():
+                self._note(Chunk(text, document_id, 0), ids)
+
+    def _note(self, chunk: Chunk, ids: tuple[int, ...]) -> None:
+        """Let KV that was computed for a chunk be deleted with its document, if that is one of the store's."""
+        key = self.kvs.key(ids)
+        if self.entries.read_only or key not in self.entries:
+            return
+        try:
+            self.index.note_key(chunk.document_id, key)
+        except (sqlite3.Error, OSError, KVLinkError) as error:
+            log.warning("KV of %s will not be deleted with it, only by prune: %s", chunk.document_id, error)
 
 
 def checked(job: Job, progress: Progress | None) -> Progress:

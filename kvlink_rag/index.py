@@ -41,6 +41,10 @@ CREATE TABLE IF NOT EXISTS chunks (
 );
 CREATE INDEX IF NOT EXISTS chunks_by_document ON chunks(document_id);
 CREATE INDEX IF NOT EXISTS chunks_by_key ON chunks(kv_key);
+CREATE TABLE IF NOT EXISTS other_keys (
+    document_id TEXT NOT NULL, kv_key TEXT NOT NULL, PRIMARY KEY (kv_key, document_id)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS other_keys_by_document ON other_keys(document_id);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -136,6 +140,7 @@ class VectorIndex:
         with self._changing() as db:
             gone = [row[0] for row in db.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,))]
             db.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
+            db.execute("DELETE FROM other_keys WHERE document_id = ?", (document_id,))
             db.execute(
                 "INSERT INTO documents VALUES (?, ?, ?, ?) ON CONFLICT(id) DO UPDATE SET "
                 "digest = excluded.digest, title = excluded.title, metadata = excluded.metadata",
@@ -156,6 +161,7 @@ class VectorIndex:
         with self._changing() as db:
             gone = [row[0] for row in db.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,))]
             db.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
+            db.execute("DELETE FROM other_keys WHERE document_id = ?", (document_id,))
             found = db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
             self._update_faiss(gone, [], None)
         return found
@@ -163,10 +169,38 @@ class VectorIndex:
     def set_keys(self, document_id: str, chunks: Sequence[IndexedChunk]) -> None:
         """Note under which recipe and key a document's chunks are now encoded."""
         with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO other_keys SELECT document_id, kv_key FROM chunks WHERE document_id = ?",
+                (document_id,),
+            )
             db.executemany(
                 "UPDATE chunks SET num_tokens = ?, fingerprint = ?, kv_key = ? WHERE document_id = ? AND position = ?",
                 [(c.num_tokens, c.fingerprint, c.kv_key, document_id, c.chunk.position) for c in chunks],
             )
+
+    def dim(self) -> int:
+        """The length of the vectors; 0 if no chunk has one."""
+        row = self._db.execute("SELECT length(vector) FROM chunks WHERE length(vector) > 0 LIMIT 1").fetchone()
+        return 0 if row is None else int(row[0]) // np.dtype(np.float32).itemsize
+
+    def note_key(self, document_id: str, kv_key: str) -> None:
+        """Note KV of a document's chunk that another recipe than the index's has, to be deleted with it."""
+        if self.document_digest(document_id) is None or kv_key in self.keys_of(document_id):
+            return
+        with self._transaction() as db:
+            is_there = "SELECT id, ? FROM documents WHERE id = ?"  # not deleted meanwhile
+            db.execute(f"INSERT OR IGNORE INTO other_keys {is_there}", (kv_key, document_id))
+
+    def keys_of(self, document_id: str) -> list[str]:
+        """The KV keys of a document's chunks, under whatever recipe they were stored."""
+        tables = ("chunks", "other_keys")
+        query = " UNION ".join(f"SELECT kv_key FROM {table} WHERE document_id = ?1" for table in tables)
+        return [row[0] for row in self._db.execute(query, (document_id,))]
+
+    def documents_with(self, text: str) -> list[str]:
+        """Ids of the documents that have a chunk of this very text."""
+        query = "SELECT DISTINCT document_id FROM chunks WHERE text = ?"
+        return [row[0] for row in self._db.execute(query, (text,))]
 
     def texts(self) -> list[tuple[str, str]]:
         """(document id, text) of every chunk."""
@@ -186,12 +220,12 @@ class VectorIndex:
         return self._db.total_changes, self._data_version()
 
     def live_keys(self) -> set[str]:
-        """KV keys that some chunk refers to."""
+        """KV keys that some chunk refers to, each under the recipe that it was added by last."""
         return {row[0] for row in self._db.execute("SELECT DISTINCT kv_key FROM chunks")}
 
     def unreferenced(self, keys: Sequence[str]) -> list[str]:
-        """Those of `keys` that no chunk refers to."""
-        query = "SELECT 1 FROM chunks WHERE kv_key = ? LIMIT 1"
+        """Those of `keys` that no document refers to."""
+        query = "SELECT 1 FROM chunks WHERE kv_key = ?1 UNION ALL SELECT 1 FROM other_keys WHERE kv_key = ?1 LIMIT 1"
         return [key for key in dict.fromkeys(keys) if self._db.execute(query, (key,)).fetchone() is None]
 
     def counts(self) -> tuple[int, int, int]:

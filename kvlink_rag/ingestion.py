@@ -108,19 +108,20 @@ class Ingestion:
     ) -> AddReport:
         """Add or update chunks that the caller has cut; see `KVLinkEngine.add_chunks`."""
         started = self._check(encode)
-        works, skipped = [], []
+        works, skipped, dim = [], [], self._index.dim()
         for chunk_id, text in chunks.items():
             document = Document(text, chunk_id, None, metadata.get(chunk_id, {}))
             if problem := self._problem(document):
-                skipped.append(Skipped(chunk_id, problem))
+                skipped.append(self._with_earlier(Skipped(chunk_id, problem)))
                 continue
             vector = np.asarray(vectors.get(chunk_id, ()), dtype=np.float32)
+            dim = self._checked_dim(chunk_id, vector, dim)
             how = f"one chunk {vector.tobytes().hex()}"
             digest = self._digest(document, how, self._encoder.model.tokenizer.digest)
             chunk = Chunk(chunk_text(text, None), chunk_id, 0, document.metadata)
             work = self._prepare_one(document, chunk_id, digest, partial(list, (chunk,)))
             if problem := self._beyond_window(work):
-                skipped.append(Skipped(chunk_id, problem))
+                skipped.append(self._with_earlier(Skipped(chunk_id, problem)))
                 continue
             work.vector = vector
             works.append(work)
@@ -177,17 +178,17 @@ class Ingestion:
         skipped: list[Skipped] = []
         for number, item in enumerate(load(sources, self._limits.max_document_bytes), 1):
             if isinstance(item, Skipped):
-                skipped.append(item)
+                skipped.append(self._with_earlier(item))
                 continue
             if problem := self._problem(item):
-                skipped.append(Skipped(item.id or "a document without id", problem))
+                skipped.append(self._with_earlier(Skipped(item.id or "a document without id", problem)))
                 continue
             digest = self._digest(item, repr(self._chunking), self._encoder.model.tokenizer.digest)
             document_id = item.id or self._id_of_text(item, digest)
             cut = partial(split, item, document_id, self._count, self._chunking)
             work = self._prepare_one(item, document_id, digest, cut)
             if problem := self._beyond_window(work):
-                skipped.append(Skipped(document_id, problem))
+                skipped.append(self._with_earlier(Skipped(document_id, problem)))
                 continue
             if document_id in works and works[document_id].digest != digest:
                 skipped.append(Skipped(document_id, "another document of this id came after it; give each its own"))
@@ -195,14 +196,29 @@ class Ingestion:
             report("reading", number, 0)
         return list(works.values()), skipped
 
+    def _with_earlier(self, skipped: Skipped) -> Skipped:
+        """The same, with a word on what the store goes on to answer from."""
+        name = skipped.path.encode(errors="backslashreplace").decode()
+        earlier = [self._index.document_digest(document_id) for document_id in (name, str(Path(name).resolve()))]
+        rest = "" if earlier == [None, None] else "; its earlier version stays in the store"
+        return Skipped(name, f"{skipped.reason}{rest}")
+
+    @staticmethod
+    def _checked_dim(chunk_id: str, vector: Any, dim: int) -> int:
+        """The length of all vectors; dim: of those before, 0 if there is none. Raises BadInput for another."""
+        if vector.ndim != 1 or (vector.size and dim and vector.size != dim):
+            raise BadInput(f"the vector of {chunk_id!r} has shape {vector.shape}, others in this store ({dim},)")
+        return dim or int(vector.size)
+
     def _problem(self, document: Document) -> str | None:
         """Why a document cannot be added, or None."""
         if not document.text.strip():
             return "holds no text"
         try:
+            (document.id or "").encode()
             size = len(document.text.encode()) + len((document.title or "").encode())
         except UnicodeEncodeError:
-            return "holds characters that are no valid Unicode (lone surrogates)"
+            return "its name, title or text holds characters that are no valid Unicode (lone surrogates)"
         limit = self._limits.max_document_bytes
         return f"{size:,} bytes, the limit is {limit:,}; split it or raise max_document_bytes" if size > limit else None
 
@@ -279,12 +295,11 @@ class Ingestion:
     def _index_group(self, group: Sequence[_Work], vectors: Mapping[str, Vectors]) -> None:
         """Index the group's documents, with the caller's vector or these; drop the KV of what they no longer hold."""
         for work in group:
-            old_keys = [c.kv_key for c in self._index.chunks_of(work.id)]
             if work.is_indexed:
-                if old_keys != [c.kv_key for c in work.chunks]:
+                if [c.kv_key for c in self._index.chunks_of(work.id)] != [c.kv_key for c in work.chunks]:
                     self._index.set_keys(work.id, work.chunks)
             else:
-                metadata = dict(work.document.metadata)
+                metadata, old_keys = dict(work.document.metadata), self._index.keys_of(work.id)
                 own = np.asarray(work.vector, np.float32)[None] if work.vector is not None else vectors[work.id]
                 self._index.replace_document(work.id, work.digest, work.document.title, metadata, work.chunks, own)
                 self._kvs.delete(self._index.unreferenced(old_keys))

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvlink_rag.errors import BadDocument, BadInput, MissingExtra
+from kvlink_rag.html_text import read_page
 from kvlink_rag.types import Document
 
 SUFFIXES = (".txt", ".md", ".rst", ".html", ".pdf")
 
 
-_CELLS = ["td", "th"]
-_INLINE = frozenset(["a", "b", "i", "em", "strong", "span", "code", "small", "sub", "sup", "mark", "u", *_CELLS])
-_BLANKS = re.compile(r"\s+")
-_LINE_OF_A_PAGE = re.compile(r"(?<!\n)\n(?!\s*\n)")  # where a page ends its lines, not where the text does
+_LINE_OF_A_PAGE = re.compile(r"(?<!\n)\n(?![^\S\n]*\n)")  # where a page ends its lines, not where the text does
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,9 @@ def load(sources: Iterable[str | Path | Document], max_bytes: int) -> Iterator[D
             yield source
             continue
         for path in _files(source):
+            if isinstance(path, Skipped):
+                yield path
+                continue
             try:
                 yield read_file(path, max_bytes)
             except (BadDocument, MissingExtra) as error:
@@ -103,15 +104,28 @@ def _resolve(source: str | Path | Document) -> Path | Document:
     raise BadInput(f"{source}: {reason}")
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """The file itself, or all files below a folder in order, hidden ones left out."""
+def _files(path: Path) -> Iterator[Path | Skipped]:
+    """The file itself, or all files below a folder in order, hidden ones left out; folders that are not entered."""
     if not path.is_dir():
         yield path
         return
-    for file in sorted(path.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if not file.is_dir() and not is_hidden:
-            yield file
+    found: list[tuple[Path, str]] = []  # with why it is not entered
+    walk = os.walk(
+        path, onerror=lambda error: found.append((Path(error.filename), f"cannot be read: {error.strerror}"))
+    )
+    for name, folders, files in walk:
+        here = Path(name)
+        if "store.json" in files and "index.sqlite" in files:
+            found.append((here, "a kvlink store"))
+            folders.clear()
+            continue
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        found += [
+            (here / folder, "a link; name the folder itself") for folder in folders if (here / folder).is_symlink()
+        ]
+        found += [(here / file, "") for file in files if not file.startswith(".")]
+    for file, reason in sorted(found):
+        yield Skipped(str(file), reason) if reason else file
 
 
 def _decode(data: bytes) -> str:
@@ -138,48 +152,16 @@ def _read_markdown(data: bytes) -> tuple[str | None, str]:
     return (title if bare[-1:].strip() else bare.strip()) or None, rest
 
 
-def _table_of(block: Any) -> Any:
-    """The table that a row is in, else None."""
-    return block.find_parent("table") if block.name == "tr" else None
-
-
 def _read_html(data: bytes) -> tuple[str | None, str]:
     try:
-        from bs4 import BeautifulSoup, NavigableString, ParserRejectedMarkup
+        from bs4 import BeautifulSoup, ParserRejectedMarkup
     except ImportError:
         raise MissingExtra("reading .html", "documents") from None
     try:
         soup = BeautifulSoup(io.StringIO(_decode(data)), "html.parser")  # a stream: a string could be taken for a name
     except ParserRejectedMarkup:
         raise BadDocument("not HTML that can be read") from None
-    for hidden in soup(["script", "style", "noscript", "template"]):
-        hidden.decompose()
-    title = soup.title.get_text(" ", strip=True) if soup.title else None
-    body = soup.body or soup
-    parts: list[str] = []
-    block = last = None  # the one whose text is being gathered, and the latest of all
-    for node in body.descendants:
-        if type(node) is NavigableString:
-            home = node.parent
-            while home is not body and home.name in _INLINE:
-                home = home.parent
-            is_verbatim = "pre" in (home.name, home.parent and home.parent.name)
-            text = str(node) if is_verbatim else _BLANKS.sub(" ", node)
-            if home is not block:
-                if not text.strip():
-                    continue
-                parts.append("\n" if last and _table_of(last) and _table_of(last) is _table_of(home) else "\n\n")
-                block = last = home
-            parts.append(text if is_verbatim or not parts[-1][-1:].isspace() else text.lstrip())
-        elif (name := getattr(node, "name", None)) == "br":
-            parts.append("\n")
-        elif name in _CELLS:
-            if node.parent is block:
-                parts.append("| " if parts[-1].endswith(" ") else " | ")
-        elif name and name not in _INLINE:
-            block = None
-    lines = (line.rstrip() for line in "".join(parts).strip("\n").splitlines())
-    return title, re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+    return read_page(soup)
 
 
 def _read_pdf(data: bytes) -> tuple[str | None, str]:

@@ -22,7 +22,7 @@ def delete_documents(index: VectorIndex, kvs: Deletes, document_ids: Sequence[st
     """Remove documents, their chunks and all KV that no other document shares; how many documents there were."""
     removed = 0
     for document_id in document_ids:
-        keys = [chunk.kv_key for chunk in index.chunks_of(document_id)]
+        keys = index.keys_of(document_id)
         removed += index.delete_document(document_id)
         kvs.delete(index.unreferenced(keys))
     return removed

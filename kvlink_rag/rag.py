@@ -32,6 +32,7 @@ from kvlink_rag.ingestion import AddPlan, Ingestion, Progress
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Message, build_prompt
+from kvlink_rag.store.folder import remember_precision
 from kvlink_rag.types import AddReport, Answer, Document, Hit, Piece
 
 
@@ -98,7 +99,7 @@ class KVLinkRAG(KVLinkEngine):
 
         model, embedder: folder, hub id or the default's name. links: folder or hub id of a link checkpoint for this
         very model. adapter: PEFT folder. precision: how KV lies in the store, "model", "int8" or "int4" (see
-        `Precision`); None: as the store was given it last. namespace: see `within`. Raises UnsupportedModel,
+        `Precision`); None: as documents were last added to the store. namespace: see `within`. Raises UnsupportedModel,
         MissingModel, CheckpointMismatch, NotAStore, BadInput.
         """
         return super().load(
@@ -147,6 +148,7 @@ class KVLinkRAG(KVLinkEngine):
         for source in sources:
             items.extend([source] if isinstance(source, str | Path | Document) else source)
         self._bind_embedder()
+        remember_precision(self.folder, self.precision)
         ingestion = Ingestion(
             self.encoder, self.embedder, self.index, self.entries, self.kvs, self._chunking, self.limits
         )

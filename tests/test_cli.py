@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tiny_models import build_hf, byte_tokenizer
 
 from kvlink_rag import KVLinkRAG
 from kvlink_rag.console import read_line
+from kvlink_rag.store.folder import open_folder
 
 CORPUS = ROOT / "examples" / "corpus"
 
@@ -110,6 +112,9 @@ def test_delete_then_add_again(kvlink, store):
         (["ask", "  "], "question is empty"),
         (["store", "stats"], "no store in"),
         (["bench", "ttft", "--contexts", "many"], "--contexts takes numbers"),
+        (["bench", "growth", "--chunks", "0"], "--chunks takes numbers"),
+        (["add", "x" * 300], "no such file"),
+        (["ask", "Why?", "--store", "x" * 300], "no store in"),
         *((["add", __file__, "--max-gib", size], "--max-gib") for size in ("inf", "nan", "-5", "0", "1e-12", "1e300")),
         (["add", __file__, "--device", "gpu"], "device 'gpu' is not available here; try auto, cpu"),
         (["add", __file__, "--device", "cuda:99"], "device 'cuda:99' is not available here; try auto, cpu"),
@@ -117,7 +122,7 @@ def test_delete_then_add_again(kvlink, store):
     ],
 )
 def test_bad_input_gets_one_clear_line_and_code_1(kvlink, tmp_path, arguments, line):
-    where = [] if arguments[0] == "bench" else ["--store", tmp_path / "new"]
+    where = [] if arguments[0] == "bench" or "--store" in arguments else ["--store", tmp_path / "new"]
     code, out, err = kvlink(*arguments, *where)
     assert code == 1 and out == "" and line in err and len(err.strip().splitlines()) == 1
 
@@ -134,10 +139,45 @@ def test_files_that_give_no_document_are_named_and_counted(kvlink, store, tmp_pa
     (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
     (tmp_path / "picture.jpg").write_bytes(b"x")
     (tmp_path / "huge.txt").write_bytes(b"word " * 10_500_000)
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("words")
     code, out, err = kvlink("add", tmp_path, "--store", store, "--json")
-    assert code == 1 and json.loads(out)["skipped_files"] == 5
-    for reason in ("holds no text", "binary", "UTF-8", "not one of", "the limit is", "nothing was added"):
+    assert code == 1 and json.loads(out)["skipped_files"] == 6
+    for reason in ("holds no text", "binary", "UTF-8", "not one of", "the limit is", "Unicode", "nothing was added"):
         assert reason in err
+
+
+def test_a_file_that_can_no_longer_be_read_is_said_to_be_answered_from_as_it_was(kvlink, store, tmp_path):
+    path = tmp_path / "prices.txt"
+    path.write_text("Bread costs 5 crowns.")
+    assert kvlink("add", path, "--store", store)[0] == 0
+    path.write_bytes("Bröd kostar 9 kronor.".encode("latin-1"))
+    code, _, err = kvlink("add", path, "--store", store)
+    assert code == 1 and "UTF-8" in err and "its earlier version stays in the store" in err
+    assert kvlink("store", "delete", path, path, "--store", store)[0] == 0
+
+
+def test_questions_to_nobodys_documents_are_told_so(kvlink, store, tmp_path):
+    """A mistyped namespace is an error and is not made; a store without documents answers with a word on it."""
+    code, out, err = kvlink("ask", "Why?", "--store", store, "--namespace", "typo")
+    assert code == 1 and out == "" and "no namespace 'typo'" in err
+    assert list(json.loads(kvlink("store", "stats", "--store", store, "--json")[1])["namespaces"]) == ["public"]
+    open_folder(tmp_path / "empty")
+    code, _, err = kvlink("ask", "Why?", "--store", tmp_path / "empty", "--max-new-tokens", 1)
+    assert code == 0 and "holds no documents" in err
+    assert kvlink("store", "list", "--store", tmp_path / "empty")[1] == ""
+
+
+def test_a_chat_that_fills_the_window_goes_on_without_its_first_turn(kvlink, store, monkeypatch):
+    lines = iter(["Who keeps the lighthouse?", "word " * 8300, "And since when?"])
+
+    def read(prompt=""):
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    code, out, err = kvlink("chat", "--store", store, "--json", "-k", 1, "--max-new-tokens", 2)
+    assert code == 0 and len(out.splitlines()) == 2 and "the first question and its answer are forgotten" in err
 
 
 def test_a_folder_that_is_no_store_is_refused_before_any_model_loads(kvlink, tmp_path):

@@ -55,3 +55,32 @@ def test_nothing_of_a_deleted_document_is_left_in_files_memory_or_logs(open_rag,
     assert not any(canary in everything for canary in canaries)
     logged = " ".join(str(record.__dict__) for record in caplog.records)
     assert "failed verification" in logged and CANARY not in logged and key not in logged
+
+
+def test_kv_of_other_recipes_goes_with_its_document(open_rag):
+    """Computed for an answer, fetched ahead, or left from an earlier `add`: no precision's is left behind."""
+    with_memory = StoreSettings(max_memory_bytes=2**24)
+    rag = open_rag(limits=with_memory)
+    rag.add([SECRET, OTHER])
+    for precision in ("int4", "int4/8"):
+        assert len(open_rag(precision=precision, limits=with_memory).ask("Where?", max_new_tokens=1).sources) == 2
+    ahead = open_rag(precision="int8")
+    ahead.prefetch([rag.index.chunks_of(SECRET.id)[0].chunk.text])
+    ahead.ask("Where?", max_new_tokens=1, documents=[OTHER])  # which waits for it
+    open_rag(precision="int8/16").add([SECRET, OTHER])
+    assert len(list(rag.entries.keys())) == 2 * 5
+    assert open_rag().delete(SECRET.id) == 1
+    assert len(list(rag.entries.keys())) == 5
+    rag.add([Document("Another text.", id=OTHER.id)])
+    assert len(list(rag.entries.keys())) == 1
+
+
+def test_kv_that_another_document_shares_stays_under_every_recipe(open_rag):
+    same = Document(OTHER.text, id="the same")
+    rag, other = open_rag(), open_rag(precision="int4")
+    rag.add([OTHER, same])
+    other.ask("How many steps?", max_new_tokens=1)
+    other.ask("How many steps?", max_new_tokens=1, documents=other.search("steps", 2)[:1])
+    keys = set(rag.entries.keys())
+    assert rag.delete(OTHER.id) == 1 and set(rag.entries.keys()) == keys
+    assert rag.delete(same.id) == 1 and not list(rag.entries.keys())

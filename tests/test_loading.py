@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from kvlink_rag import loading
 from kvlink_rag.errors import BadDocument, BadInput
 from kvlink_rag.loading import Skipped, load, read_file
 from kvlink_rag.types import Document
@@ -101,11 +103,12 @@ HTML = """<h1>Dam</h1>
   <td><b>West</b> hall</td>
   <td>9:00</td></tr>
 <tr><td></td><td>10:30</td></tr></tbody></table>
+<table><tr><td><p>North</p></td><td><p>8:00</p></td></tr><tr><td>South<td>7:00</table>
 <pre><code>def turn():
     mill.turn()
 </code></pre>
 <table><tr><td>12 Quay St<br>
-Salt Harbour</td></tr></table> <a href="x">Map</a>  of it"""
+Salt Harbour</td></tr></table> <a href="x">Map</a>  of <kbd>it</kbd>.</body> <p>Closed.</p>"""
 
 READ = """Dam
 
@@ -113,7 +116,10 @@ It is old, very.
 
 hall | opens
 West hall | 9:00
-10:30
+| 10:30
+
+North | 8:00
+South | 7:00
 
 def turn():
     mill.turn()
@@ -121,7 +127,9 @@ def turn():
 12 Quay St
 Salt Harbour
 
-Map of it"""
+Map of it.
+
+Closed."""
 
 
 def test_html_keeps_rows_of_tables_and_lines_of_code_and_joins_the_lines_of_its_source(tmp_path):
@@ -327,6 +335,49 @@ def test_a_page_of_many_links_is_read_in_good_time(tmp_path):
     with given_up_after(10):
         (document,) = documents_of(path)
     assert document.text.split() == ["x"] * 20_000
+
+
+@pytest.mark.parametrize("tags", ["<tr><td>West\n<td>9:00\n", "<td>x", "<tr>x", "<div>x", "<pre><div>x", "<b>x"])
+def test_a_page_whose_tags_are_never_closed_is_read_in_good_time(tmp_path, tags):
+    """Each then stands within the one before, thousands deep."""
+    path = tmp_path / "page.html"
+    path.write_text(tags * 20_000)
+    with given_up_after(30):
+        documents_of(path)
+
+
+def test_a_pdf_page_of_many_empty_lines_is_read_in_good_time():
+    with given_up_after(10):
+        assert loading._LINE_OF_A_PAGE.sub(" ", "a\nb" + "\n " * 200_000 + "c").startswith("a b\n")
+
+
+def test_folders_that_are_not_entered_are_named(tmp_path):
+    """A linked one might lead anywhere; a store's files are no documents."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("text")
+    (tmp_path / "docs" / "sub").mkdir(parents=True)
+    (tmp_path / "docs" / "sub" / "b.txt").write_text("text")
+    (tmp_path / "docs" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "docs" / "kept").mkdir()
+    for name in ("store.json", "index.sqlite", "c.txt"):
+        (tmp_path / "docs" / "kept" / name).write_text("{}")
+    assert [Path(document.id).name for document in documents_of(tmp_path / "docs")] == ["b.txt"]
+    assert skipped_of(tmp_path / "docs") == {"linked": "a link; name the folder itself", "kept": "a kvlink store"}
+    assert [Path(document.id).name for document in documents_of(tmp_path / "docs" / "linked")] == ["a.txt"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    real = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert skipped_of(tmp_path) == {"closed": "cannot be read: Permission denied"}
 
 
 @pytest.mark.parametrize(("name", "module"), [("a.pdf", "pypdf"), ("a.html", "bs4")])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from serving import live
+from serving import ingest, live
 
 from kvlink_rag.server.settings import ServerSettings
 
@@ -93,6 +93,32 @@ def test_one_click_deletes_nothing(page, server):
         assert len(client.get("/v1/documents").json()["data"]) == 2
     page.keyboard.press("Enter")
     expect(page.locator("#n-documents")).to_have_text("1")
+
+
+def test_a_press_on_the_button_does_not_take_the_question_back(page):
+    """Where pressing a button takes the focus away from it, as Safari does: else nothing could ever be deleted."""
+    page.evaluate(
+        "() => document.addEventListener('mousedown', (event) => "
+        "{ if (!event.defaultPrevented) document.activeElement.blur(); event.preventDefault(); })"
+    )
+    page.get_by_role("button", name=re.compile("^Delete")).first.click()
+    page.get_by_role("button", name=re.compile("^Really delete")).click()
+    expect(page.locator("#n-documents")).to_have_text("1")
+
+
+def test_the_document_whose_button_it_is_is_deleted(page, server):
+    """Not the one that a browser makes of an id with dots between slashes."""
+    with server.client() as client:
+        ingest(
+            client, json={"documents": [{"text": "One.", "id": "a/../important"}, {"text": "Two.", "id": "important"}]}
+        )
+    page.reload()
+    page.get_by_role("button", name="Delete important").first.click()
+    page.get_by_role("button", name="Really delete important").click()
+    expect(page.locator("#n-documents")).to_have_text("3")
+    with server.client() as client:
+        ids = [document["id"] for document in client.get("/v1/documents").json()["data"]]
+    assert "important" in ids and "a/../important" not in ids
 
 
 def test_numbers_that_come_late_do_not_replace_newer_ones(page):

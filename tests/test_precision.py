@@ -56,15 +56,20 @@ def test_a_precision_that_is_none_is_refused_before_anything_is_made(open_rag, t
     assert not (tmp_path / "new").exists()
 
 
-def test_a_store_keeps_kv_as_it_was_last_told_to(open_rag, tmp_path):
-    """Whoever opens it without a precision, as a question does, finds the KV that is there."""
+def test_a_store_keeps_kv_as_documents_were_last_added(open_rag, tmp_path):
+    """Whoever opens it without a precision, as a question does, finds the KV that is there; to ask changes nothing."""
     open_rag(precision="int8").add(DOCUMENTS)
     rag = open_rag()
     assert rag.precision == "int8" and all(source.reused for source in rag.ask(QUESTION, max_new_tokens=1).sources)
-    assert open_rag(precision="int4/8").precision == open_rag().precision == "int4/8"
+    other = open_rag(precision="int4/8")
+    other.ask(QUESTION, max_new_tokens=1)
+    assert other.precision == "int4/8" and open_rag().precision == "int8"
+    other.add(DOCUMENTS[:1])
+    assert open_rag().precision == "int4/8"
     with pytest.raises(BadInput, match="got 'int5'"):
         open_rag(precision="int5")
-    assert open_rag(precision="model").precision == open_rag().precision == "model"
+    open_rag(precision="model").add_chunks({"c": "A chunk of the caller's own."})
+    assert open_rag().precision == "model"
     assert open_rag(store=tmp_path / "another").precision == "model"
 
 

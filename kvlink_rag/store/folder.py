@@ -72,9 +72,14 @@ def open_entries(folder: Path, limits: StoreSettings) -> DiskStore:
     return DiskStore(folder / "kv", max_bytes=max_bytes, ttl_s=limits.ttl_s, integrity_key=limits.integrity_key)
 
 
-def store_precision(folder: Path, given: str | None) -> str:
-    """How KV lies in a store, as `Precision` reads it: what was last given, which is the store's from now on."""
-    return str(_remembered(folder, "precision", given, DEFAULT_PRECISION))
+def store_precision(folder: Path) -> str:
+    """How KV lies in a store, as `Precision` reads it: that under which documents were last added."""
+    return str(_remembered(folder, "precision", None, DEFAULT_PRECISION))
+
+
+def remember_precision(folder: Path, precision: str) -> None:
+    """Documents are added so; whoever opens the store without a precision has this one from now on."""
+    _remembered(folder, "precision", precision, DEFAULT_PRECISION)
 
 
 def _remembered(folder: Path, name: str, given: Any, default: Any) -> Any:

@@ -17,8 +17,8 @@ export async function get(path) {
 }
 
 export async function remove(documentId) {
-  const path = documentId.split("/").map(encodeURIComponent).join("/");
-  return (await checked(await fetch(`/v1/documents/${path}`, { method: "DELETE" }))).json();
+  const name = encodeURIComponent(documentId); // "/" too: a browser would take ".." in a path for the folder above
+  return (await checked(await fetch(`/v1/documents/${name}`, { method: "DELETE" }))).json();
 }
 
 export async function upload(files) {

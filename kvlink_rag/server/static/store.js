@@ -38,6 +38,9 @@ function row(item, problem) {
   };
   ask(false);
   button.addEventListener("blur", () => ask(false));
+  button.addEventListener("mousedown", (event) => {
+    if (button.classList.contains("sure")) event.preventDefault(); // where a press takes focus away, it would take the question back
+  });
   button.addEventListener("click", async () => {
     if (!button.classList.contains("sure")) {
       button.focus(); // not every browser gives it to what is clicked
