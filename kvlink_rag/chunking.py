@@ -26,7 +26,7 @@ def chunk_text(text: str, title: str | None) -> str:
 
 
 def as_hit(item: str | Document | Hit) -> Hit:
-    """A document given by the caller, as one chunk; its text is what the store would hold for it."""
+    """A document given by the caller, as one chunk; its text is what `add_chunks` would hold for it."""
     if isinstance(item, Hit):
         return item
     document = Document(item) if isinstance(item, str) else item

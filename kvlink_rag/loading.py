@@ -101,7 +101,8 @@ def _resolve(source: str | Path | Document) -> Path | Document:
         looks_like_path = not re.search(r"\s", source) or (is_one_line and source.lower().endswith(SUFFIXES))
         if not looks_like_path:
             return Document(source)
-    raise BadInput(f"{source}: {reason}")
+    hint = "; a text without blanks is given as Document(text)" if isinstance(source, str) else ""
+    raise BadInput(f"{source}: {reason}{hint}")
 
 
 def _files(path: Path) -> Iterator[Path | Skipped]:
