@@ -121,6 +121,7 @@ def check(
             notes.print(
                 "these are easy questions that come along; --store asks about your documents, --data your questions",
                 style="dim",
+                soft_wrap=True,
             )
     if not verdict.is_safe:
         notes.print(verdict.advice, style="red", markup=False, soft_wrap=True)
