@@ -207,7 +207,10 @@ class Ingestion:
     def _checked_dim(chunk_id: str, vector: Any, dim: int) -> int:
         """The length of all vectors; dim: of those before, 0 if there is none. Raises BadInput for another."""
         if vector.ndim != 1 or (vector.size and dim and vector.size != dim):
-            raise BadInput(f"the vector of {chunk_id!r} has shape {vector.shape}, others in this store ({dim},)")
+            raise BadInput(
+                f"the vector of {chunk_id!r} has shape {vector.shape}, others in this store ({dim or 'any'},); "
+                "vectors of another embedder belong into a new store"
+            )
         return dim or int(vector.size)
 
     def _problem(self, document: Document) -> str | None:

@@ -166,6 +166,12 @@ def test_no_blank_is_put_where_the_text_has_none():
         assert body in f"See {word} for more."
 
 
+def test_blanks_of_several_tokens_count_as_such():
+    """A full-width blank is three bytes, which byte-level tokenizers may take one by one."""
+    bodies = bodies_of("\u3000\u3000".join(["潮汐。"] * 40), count=count_bytes, max_tokens=64)
+    assert len(bodies) > 1 and all(count_bytes(body) <= 64 for body in bodies)
+
+
 CODE = "def turn(times):\n    for _ in range(times):\n        mill.turn()\n\n    return mill.height"
 TABLE = "| hall | opens |\n|---|--:|\n| west | 9:00 |\n| east | 10:30 |"
 

@@ -80,6 +80,17 @@ def test_given_vectors_are_found_and_others_are_not(engine):
     assert engine.index.vectors_of(["a"])["a"].tolist() == [[0.0, 1.0]]
 
 
+@pytest.mark.parametrize("vectors", [{"b": [1.0]}, {"b": [[1.0, 0.0]]}, {"b": [1.0, 0.0, 0.0]}])
+def test_vectors_of_another_length_are_refused_and_break_no_search(engine, vectors):
+    engine.add_chunks({"a": LIGHTHOUSE}, vectors={"a": [1.0, 0.0]})
+    with pytest.raises(BadInput, match="the vector of 'b' has shape"):
+        engine.add_chunks(TWO, vectors=vectors)
+    with pytest.raises(BadInput, match="the vector of 'd' has shape"):
+        engine.add_chunks({"c": "One text.", "d": "Another."}, vectors={"c": [1.0, 0.0], "d": [1.0, 0.0, 0.0]})
+    hits = engine.index.search(np.array([[1.0, 0.0]], dtype=np.float32), 5)
+    assert [hit.chunk.document_id for hit in hits] == ["a"] == engine.document_ids()
+
+
 def test_a_finished_prompt_reuses_the_chunks_that_stand_in_it(engine):
     """The prompt is the same as with the chunks laid in by hand, and as with every chunk read afresh."""
     engine.add_chunks(TWO)
