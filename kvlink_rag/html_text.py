@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
 
-HIDDEN = ("script", "style", "noscript", "template", "svg")
+_HIDDEN = ["script", "style", "noscript", "template", "svg"]
 _BLANKS = re.compile(r"\s+")
 _CELLS = frozenset(["td", "th"])
 _PLAIN = frozenset(["p", "div"])  # in cells and in code they begin no paragraph
@@ -49,11 +49,9 @@ def read_page(soup: BeautifulSoup) -> tuple[str | None, str]:
     """Title, if it has one, and text of a page, which loses its hidden parts. Time grows with its length alone."""
     from bs4 import NavigableString, Tag
 
-    for names in (HIDDEN, ("title",)):
-        title = soup.title.get_text(" ", strip=True) if names == ("title",) and soup.title else None
-        for hidden in soup(names):
-            if not hidden.decomposed:
-                hidden.decompose()
+    _without(soup, _HIDDEN)
+    title = soup.title.get_text(" ", strip=True) if soup.title else None
+    _without(soup, ["title"])
     places = {id(soup): _Place(soup)}
     bars: dict[int, int] = {}  # by row: how many wait for the next of its cells that holds text
     parts = ["\n"]
@@ -88,6 +86,12 @@ def read_page(soup: BeautifulSoup) -> tuple[str | None, str]:
         parts += [text] * bool(text)
     lines = (line.rstrip() for line in "".join(parts).splitlines())
     return title, re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+
+
+def _without(soup: BeautifulSoup, names: list[str]) -> None:
+    for hidden in soup(names):
+        if not hidden.decomposed:  # with another one that it stood in
+            hidden.decompose()
 
 
 def _ends_blank(parts: list[str]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -199,8 +200,11 @@ class Ingestion:
     def _with_earlier(self, skipped: Skipped) -> Skipped:
         """The same, with a word on what the store goes on to answer from."""
         name = skipped.path.encode(errors="backslashreplace").decode()
-        earlier = [self._index.document_digest(document_id) for document_id in (name, str(Path(name).resolve()))]
-        rest = "" if earlier == [None, None] else "; its earlier version stays in the store"
+        known_as = (
+            name if "\0" in name else os.path.realpath(name)
+        )  # files are known by it; a loop of links has one too
+        earlier = {self._index.document_digest(document_id) for document_id in (name, known_as)}
+        rest = "" if earlier == {None} else "; its earlier version stays in the store"
         return Skipped(name, f"{skipped.reason}{rest}")
 
     @staticmethod

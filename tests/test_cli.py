@@ -140,9 +140,19 @@ def test_files_that_give_no_document_are_named_and_counted(kvlink, store, tmp_pa
     (tmp_path / "picture.jpg").write_bytes(b"x")
     (tmp_path / "huge.txt").write_bytes(b"word " * 10_500_000)
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("words")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     code, out, err = kvlink("add", tmp_path, "--store", store, "--json")
-    assert code == 1 and json.loads(out)["skipped_files"] == 6
-    for reason in ("holds no text", "binary", "UTF-8", "not one of", "the limit is", "Unicode", "nothing was added"):
+    assert code == 1 and json.loads(out)["skipped_files"] == 7
+    for reason in (
+        "holds no text",
+        "binary",
+        "UTF-8",
+        "not one of",
+        "the limit is",
+        "Unicode",
+        "symbolic links",
+        "nothing was added",
+    ):
         assert reason in err
 
 

@@ -66,9 +66,9 @@ def test_a_number_that_json_does_not_know_in_one_metadata_hides_no_document(engi
 
 
 def test_what_holds_no_text_is_skipped_and_named(engine):
-    report = engine.add_chunks({"a": LIGHTHOUSE, "empty": "  "})
+    report = engine.add_chunks({"a": LIGHTHOUSE, "empty": "  ", "nul\0": " "})
     assert report.documents == 1
-    assert report.skipped[0].startswith("empty")
+    assert report.skipped[0].startswith("empty") and report.skipped[1].startswith("nul")
 
 
 def test_given_vectors_are_found_and_others_are_not(engine):
