@@ -71,6 +71,14 @@ def train(
             min=1,
         ),
     ] = None,
+    num_soft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--num-soft-tokens",
+            help="Trained tokens that each document is read behind: anew, for them. Default: as above, else 0.",
+            min=0,
+        ),
+    ] = None,
     min_docs: Annotated[int, typer.Option("--min-docs", help="Fewest documents in a context.", min=1)] = 2,
     max_docs: Annotated[int, typer.Option("--max-docs", help="Most documents in a context.", min=1)] = 10,
     max_turns: Annotated[int, typer.Option("--max-turns", help="Most questions asked of one context.", min=1)] = 16,
@@ -127,6 +135,9 @@ def train(
         objective=objective,
         num_link_tokens=_first(num_link_tokens, start.shape[1] if start else None, TrainSettings.num_link_tokens),
         slots=_first(slots, start.shape[0] if start else None, TrainSettings.slots),
+        num_soft_tokens=_first(
+            num_soft_tokens, start.num_soft_tokens if start else None, TrainSettings.num_soft_tokens
+        ),
         min_docs=min_docs,
         max_docs=max_docs,
         max_turns=max_turns,

@@ -29,7 +29,7 @@ from kvlink_rag.kv import KV
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
 from kvlink_rag.products import MAX_ROWS
-from kvlink_rag.recipe import Recipe
+from kvlink_rag.recipe import Recipe, embeddings_digest
 
 LengthKind = tuple[int, bool, bool]
 NUM_ROWS = 4
@@ -52,6 +52,7 @@ class Encoder:
 
     template must hold `{text}` once. `encoding_prefix` is text that every chunk sees while it is encoded, behind the
     model's own beginning-of-text token (APE's shared prefix, arXiv 2502.05431); its KV is not kept. "" is none.
+    soft_tokens: trained embeddings [S, hidden] between that and the chunk, seen by it alone and not kept either.
     precision: how the KV will lie in the store; it is part of the recipe, the KV encoded here is the model's own.
     """
 
@@ -61,6 +62,7 @@ class Encoder:
         *,
         template: str = CHUNK_TEMPLATE,
         encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
+        soft_tokens: Tensor | None = None,
         precision: Precision | None = None,
     ):
         before, marker, after = template.partition("{text}")
@@ -72,6 +74,8 @@ class Encoder:
         self.prefix_ids: tuple[int, ...] = ()
         if encoding_prefix:
             self.prefix_ids = (*model.tokenizer.begin_ids, *model.tokenizer.plain_ids(encoding_prefix))
+        self.soft_tokens = soft_tokens
+        self.num_before = len(self.prefix_ids) + (0 if soft_tokens is None else len(soft_tokens))
         self.recipe = Recipe(
             weights=model.weights,
             adapter=model.adapter,
@@ -79,7 +83,7 @@ class Encoder:
             tokenizer=model.tokenizer.digest,
             chunk_template=template,
             encoding_prefix=" ".join(map(str, self.prefix_ids)),
-            soft_tokens="",
+            soft_tokens=embeddings_digest(soft_tokens),
             compute_dtype=str(model.dtype),
             storage_dtype=self.precision.name(model.dtype),
         )
@@ -129,11 +133,14 @@ class Encoder:
 
     @functools.cached_property
     def _prefix(self) -> tuple[Tensor, Tensor] | None:
-        """The encoding prefix's keys and values, computed once: every chunk sees the very same."""
-        if not self.prefix_ids:
+        """Keys and values of encoding prefix and soft tokens, computed once: every chunk sees the very same."""
+        if not self.num_before:
             return None
+        rows = torch.tensor([self.prefix_ids], device=self.model.device, dtype=torch.long)
+        if self.soft_tokens is not None:
+            rows = torch.cat((self.model.embed(self.prefix_ids), self.soft_tokens.to(self.model.device)))[None]
         with one_core():
-            return self.model.encode(torch.tensor([self.prefix_ids], device=self.model.device))
+            return self.model.encode(rows)
 
     def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
         """Indices of chunks of one width, as many as there are rows, the longest first."""
@@ -175,7 +182,7 @@ class Encoder:
             rows[row, : lengths[row]] = torch.tensor(chunks[index])
         own = lengths if len(batch) > self._num_rows else None  # a group: as each is computed alone
         keys, values = self.model.encode(rows.to(self.model.device), self._prefix, own)
-        start = len(self.prefix_ids)
+        start = self.num_before
         back = self.model.rope.back(torch.arange(start, start + rows.shape[1], device=keys.device))
         kvs = []
         for row, index in enumerate(batch):

@@ -80,7 +80,13 @@ class KVLinkEngine:
         self.folder = open_folder(store, self.limits.integrity_key)
         self.precision = precision or store_precision(self.folder)
         kept_as = Precision.parse(self.precision)
-        self.encoder = Encoder(model, template=chunk_template, encoding_prefix=encoding_prefix, precision=kept_as)
+        self.encoder = Encoder(
+            model,
+            template=chunk_template,
+            encoding_prefix=encoding_prefix,
+            soft_tokens=self.links.soft_tokens,
+            precision=kept_as,
+        )
         self.links.check_recipe(self.encoder.recipe)
         self.linking = self._resolved(linking)
         self.entries = open_entries(self.folder, self.limits)

@@ -231,7 +231,7 @@ class Ingestion:
 
     def _beyond_window(self, work: _Work) -> str | None:
         """Why a document's chunks cannot be encoded, or None."""
-        window = self._encoder.model.max_positions - len(self._encoder.prefix_ids)
+        window = self._encoder.model.max_positions - self._encoder.num_before
         longest = max((c.num_tokens for c in work.chunks), default=0)
         return f"a chunk of {longest:,} tokens, the model's window has {window:,}; cut it" if longest > window else None
 

@@ -33,8 +33,8 @@ class KVSource:
 
     @property
     def longest_chunk(self) -> int:
-        """Tokens of the longest chunk that fits the model's window behind the encoding prefix."""
-        return self._encoder.model.max_positions - len(self._encoder.prefix_ids)
+        """Tokens of the longest chunk that fits the model's window behind what it is encoded behind."""
+        return self._encoder.model.max_positions - self._encoder.num_before
 
     def prefix(self, ids: tuple[int, ...]) -> tuple[KV, bool]:
         """KV of a prompt's prefix, the same for every question under one system message; and whether it was kept."""

@@ -4,7 +4,7 @@ K trained embeddings behind each chunk let documents see each other (KVLink, arX
 folder:
 
     kvlink.json          what it was trained for and how, and what was measured
-    link.safetensors     links [slots, K, hidden]
+    link.safetensors     links [slots, K, hidden]; optionally soft_tokens [S, hidden]
     reader/ or adapter/  optionally a PEFT adapter: for all that is computed at question time, or for documents too
 
 `kvlink.json` names the digests of the others, so that parts of two checkpoints are never taken for one.
@@ -30,11 +30,11 @@ from kvlink_rag.config import UNTRAINED
 from kvlink_rag.errors import BadInput, CheckpointMismatch
 from kvlink_rag.hub import hub_folder
 from kvlink_rag.model import LanguageModel, model_folder, model_origin, weights_digest
-from kvlink_rag.recipe import Recipe, file_digest
+from kvlink_rag.recipe import Recipe, embeddings_digest, file_digest
 
 DEFAULT_NUM_LINKS = 5
 SHIPPED = Path(__file__).parent / "checkpoints"
-FORMAT = 1
+FORMAT, WITH_SOFT_TOKENS = 1, 2  # an earlier version, to which the second is unknown, must not leave them out
 _PARTS = ("link.safetensors", *(f"{part}/{name}" for part in ("reader", "adapter") for name in
           ("adapter_config.json", "*.safetensors")))  # fmt: skip
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -58,8 +58,10 @@ class Checkpoint:
             raise CheckpointMismatch(
                 f"{folder} is no link checkpoint (kvlink.json and link.safetensors): {error}"
             ) from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise CheckpointMismatch(f"{folder}: kvlink.json is not of format {FORMAT}, which this version reads")
+        if not isinstance(about, dict) or about.get("format") not in (FORMAT, WITH_SOFT_TOKENS):
+            raise CheckpointMismatch(
+                f"{folder}: kvlink.json is not of format {FORMAT} or {WITH_SOFT_TOKENS}, which this version reads"
+            )
         _check_parts(folder, about.get("files"))
         return cls(folder, about, str(name))
 
@@ -101,6 +103,11 @@ class Checkpoint:
         return slots, per_chunk
 
     @property
+    def num_soft_tokens(self) -> int:
+        """Soft tokens before each chunk."""
+        return int(self.about.get("num_soft_tokens", 0))
+
+    @property
     def digests(self) -> dict[str, str]:
         """Of its files but `kvlink.json`, by their path in it. Raises CheckpointMismatch for one that is unreadable."""
         return _parts(self.folder)
@@ -127,14 +134,26 @@ class Checkpoint:
                 f"{model.name!r} has {model.weights[:12]}; load the model it was trained on, or train links anew"
             )
         try:
-            embeddings = load_safetensors((self.folder / "link.safetensors").read_bytes())["links"]
+            found = load_safetensors((self.folder / "link.safetensors").read_bytes())
+            embeddings, soft_tokens = found["links"], found.get("soft_tokens")
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointMismatch(f"{self.name} holds no readable link.safetensors: {error}") from error
         if embeddings.ndim != 3 or embeddings.shape[2] != model.hidden_size:
             raise CheckpointMismatch(
                 f"{self.name}: links of shape {tuple(embeddings.shape)}, hidden size {model.hidden_size}"
             )
-        return LinkTokens(embeddings.to(device=model.device, dtype=model.dtype), self.name, self.about)
+        wanted = (self.num_soft_tokens, model.hidden_size)
+        if (soft_tokens is None) != (not self.num_soft_tokens) or (
+            soft_tokens is not None and soft_tokens.shape != wanted
+        ):
+            has = "none" if soft_tokens is None else f"some of shape {tuple(soft_tokens.shape)}"
+            raise CheckpointMismatch(
+                f"{self.name}: {self.num_soft_tokens} soft tokens by kvlink.json, {has} in the file"
+            )
+        embeddings = embeddings.to(device=model.device, dtype=model.dtype)
+        if soft_tokens is not None:
+            soft_tokens = soft_tokens.to(device=model.device, dtype=model.dtype)
+        return LinkTokens(embeddings, self.name, self.about, soft_tokens)
 
     def _part(self, name: str) -> Path | None:
         return self.folder / name if (self.folder / name).is_dir() else None
@@ -144,23 +163,36 @@ class Checkpoint:
 class LinkTokens:
     """Embeddings [slots, K, hidden]: slot j serves the j-th chunk of a context, the last slot all further ones.
 
-    about: what their checkpoint says of itself.
+    about: what their checkpoint says of itself. soft_tokens: embeddings [S, hidden] that each chunk was encoded behind
+    in training, as it must be to be linked (`Encoder`); None where there are none.
     """
 
     embeddings: Tensor
     name: str
     about: Mapping[str, Any] = field(default_factory=dict)
+    soft_tokens: Tensor | None = None
 
     @property
     def num_per_chunk(self) -> int:
         return int(self.embeddings.shape[1])
+
+    @property
+    def rows(self) -> Tensor:
+        """All embeddings [slots * K + S, hidden], the links first, as `training.layout` counts them."""
+        links = self.embeddings.flatten(0, 1)
+        return links if self.soft_tokens is None else torch.cat((links, self.soft_tokens))
 
     def for_chunk(self, index: int) -> Tensor:
         """Embeddings [K, hidden] behind the chunk at place `index`."""
         return self.embeddings[min(index, self.embeddings.shape[0] - 1)]
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise CheckpointMismatch unless trained on chunks that were encoded by this recipe's template and prefix."""
+        """Raise CheckpointMismatch unless trained on chunks with this recipe's template, prefix and soft tokens."""
+        if embeddings_digest(self.soft_tokens) != recipe.soft_tokens:
+            raise CheckpointMismatch(
+                f"the links of {self.name} were trained {_with(self.soft_tokens)} soft tokens before each chunk, and "
+                f"these chunks are encoded by others; give the encoder soft_tokens=links.soft_tokens"
+            )
         for name in ("chunk_template", "encoding_prefix"):
             if name in self.about and self.about[name] != getattr(recipe, name):
                 raise CheckpointMismatch(
@@ -185,15 +217,19 @@ class LinkTokens:
         """Write a checkpoint folder for `model`, with the adapter that lies there already, if one does."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"links": self.embeddings.to(torch.float32).cpu().contiguous()}, folder / "link.safetensors")
+        parts = {"links": self.embeddings, "soft_tokens": self.soft_tokens}
+        found = {name: part.to(torch.float32).cpu().contiguous() for name, part in parts.items() if part is not None}
+        save_file(found, folder / "link.safetensors")
         slots, per_chunk, _ = self.embeddings.shape
+        soft = {} if self.soft_tokens is None else {"num_soft_tokens": len(self.soft_tokens)}
         written = {
-            "format": FORMAT,
+            "format": WITH_SOFT_TOKENS if soft else FORMAT,
             "base_name": model.public_name,
             "base_weights": model.weights,
             "base_origin": model.origin,
             "num_link_tokens": per_chunk,
             "slots": slots,
+            **soft,
             **(about or {}),
             "files": _parts(folder),
         }
@@ -201,15 +237,20 @@ class LinkTokens:
 
 
 def checkpoint_digest(model: LanguageModel, links: LinkTokens) -> str:
-    """What tells what was trained from other checkpoints over one base: link embeddings and adapters; hex."""
+    """What tells what was trained from other checkpoints over one base: embeddings and adapters; hex."""
     digest = hashlib.sha256(f"{model.adapter}|{model.reader_adapter}|{tuple(links.embeddings.shape)}|".encode())
     digest.update(links.embeddings.detach().float().cpu().contiguous().numpy().tobytes())
+    digest.update(embeddings_digest(links.soft_tokens).encode())
     return digest.hexdigest()
 
 
 def holds_parts(folder: Path) -> bool:
     """Whether files of a checkpoint lie in a folder."""
     return (folder / "kvlink.json").exists() or bool(_parts(folder))
+
+
+def _with(soft_tokens: Tensor | None) -> str:
+    return "without" if soft_tokens is None else f"with {len(soft_tokens)}"
 
 
 def _is_hub_id(name: str | Path) -> bool:

@@ -199,11 +199,12 @@ class LanguageModel:
     def encode(
         self, ids: Tensor, prefix: tuple[Tensor, Tensor] | None = None, lengths: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [layers, batch, kv_heads, tokens, head_dim] of rows of ids [batch, tokens], each alone.
+        """Keys and values [layers, batch, kv_heads, tokens, head_dim] of rows, each alone.
 
-        prefix: keys and values [layers, 1, kv_heads, prefix tokens, head_dim] as this returned them, which every row
-        sees before it. lengths: of each row behind a prefix, if attention is to leave out the padding behind them.
-        Keys are as the model wrote them, at positions from 0, or from the prefix's end, on.
+        ids [batch, tokens], or their embeddings [batch, tokens, hidden]. prefix: keys and values [layers, 1, kv_heads,
+        prefix tokens, head_dim] as this returned them, which every row sees before it. lengths: of each row behind a
+        prefix, if attention is to leave out the padding behind them. Keys are as the model wrote them, at positions
+        from 0, or from the prefix's end, on.
         """
         shape, start = self.kv_shape, 0 if prefix is None else prefix[0].shape[3]
         rows = (shape.num_layers, len(ids), shape.num_kv_heads, start + ids.shape[1])
@@ -223,8 +224,10 @@ class LanguageModel:
         return keys, values
 
     def _run_to_end(self, ids: Tensor, places: Tensor, mask: Any, cache: Cache) -> None:
-        """Run rows of ids [batch, tokens] at places [tokens] up to the layer of `cache` that ends the forward."""
-        inputs = {"input_ids": ids, "position_ids": places[None].expand(len(ids), -1), self.cache_argument: cache}
+        """Run rows of ids [batch, tokens], or of embeddings [batch, tokens, hidden], at places [tokens] up to the layer
+        of `cache` that ends the forward."""
+        given = "inputs_embeds" if ids.ndim == 3 else "input_ids"
+        inputs = {given: ids, "position_ids": places[None].expand(len(ids), -1), self.cache_argument: cache}
         try:
             self.hf.base_model(**inputs, attention_mask=mask, use_cache=True)
         except ChunkLayer.Ended:

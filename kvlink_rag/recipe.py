@@ -13,9 +13,12 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 2
 # Bookkeeping of transformers that decides nothing.
@@ -64,6 +67,14 @@ def entry_key(fingerprint: str, token_ids: tuple[int, ...], namespace: str = "")
 def token_id_bytes(token_ids: tuple[int, ...]) -> bytes:
     """Token ids as little-endian 32-bit numbers."""
     return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
+def embeddings_digest(embeddings: Tensor | None) -> str:
+    """Digest of embeddings [tokens, hidden], "" of none."""
+    if embeddings is None:
+        return ""
+    numbers = embeddings.detach().float().cpu().contiguous().numpy()
+    return hashlib.sha256(_framed(str(numbers.shape).encode()) + numbers.tobytes()).hexdigest()
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -306,6 +306,11 @@ SABOTAGES = [
         ("test_memory.py", "budget"),
     ),
     Sabotage(
+        "take for one what was read behind other soft tokens", "encoding.py",
+        "soft_tokens=embeddings_digest(soft_tokens)", 'soft_tokens=""',
+        ("test_soft_tokens.py", "never_answered_from"),
+    ),
+    Sabotage(
         "encode for every question", "kv_source.py",
         "if not (reuse and source.is_stored(ids))", "if True",
         ("test_single_flight.py", "fifty"),

@@ -51,7 +51,7 @@ class Arm:
         linkings: Sequence[str] | None = None,
     ):
         self.model, self.linkings = model, linkings
-        self.encoder = Encoder(model, precision=Precision.parse(precision))
+        self.encoder = Encoder(model, soft_tokens=links.soft_tokens, precision=Precision.parse(precision))
         self.decoder = RowDecoder(model)
         self.forcing, self.num_links = Forcing(self.encoder, links), links.num_per_chunk
         self.label = label if precision == "model" else f"{label}, {precision}"

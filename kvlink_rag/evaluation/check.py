@@ -156,7 +156,7 @@ def check(
     lengths = tuple(sorted({length for length in lengths if 0 < length < longest}))
     if not lengths:
         raise BadInput(f"there is no context length to time: give one between 1 and {longest - 1:,} tokens")
-    encoder = Encoder(model, precision=Precision.parse(precision))
+    encoder = Encoder(model, soft_tokens=links.soft_tokens, precision=Precision.parse(precision))
     for length in lengths:
         words_per_chunk(encoder, links, length)
     fitting = [example for example in examples if _fits(encoder, links, example)]
@@ -205,10 +205,11 @@ def exactness(encoder: Encoder, links: LinkTokens, example: Example) -> Exactnes
         num_links=per_chunk,
         num_slots=slots,
         encoding_prefix=encoder.prefix_ids,
+        num_soft=encoder.num_before - len(encoder.prefix_ids),
     )
     embeds = model.embed(layout.ids.tolist()).clone()
-    is_link = (layout.link >= 0).to(model.device)
-    embeds[is_link] = links.embeddings.flatten(0, 1)[layout.link[layout.link >= 0].to(model.device)]
+    is_trained = (layout.link >= 0).to(model.device)
+    embeds[is_trained] = links.rows[layout.link[layout.link >= 0].to(model.device)]
     positions = layout.position.to(model.device)
     mask = model.mask_from(layout.visible().to(model.device), positions[:, None] - positions[None])
     whole = model.logits(embeds[None], positions, mask, by_reader=False)[-len(prompt.question_ids) :]

@@ -61,7 +61,7 @@ def _run(
     repeats: int,
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
-    encoder = Encoder(model)
+    encoder = Encoder(model, soft_tokens=links.soft_tokens)
     for length in contexts:  # said now if one is beyond the window, not after the others
         words_per_chunk(encoder, links, length)
     embedder = Embedder()

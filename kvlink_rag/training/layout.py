@@ -4,8 +4,8 @@
 
 Every turn sees the context and itself, never another turn, and all turns begin at the same position: each is read as
 if it had been asked alone, while the context is read once. A chunk sees itself and, where chunks are encoded behind an
-encoding prefix, its own copy of that, which stands directly before it in position and is seen by nobody else
-(KVLink's mask, arXiv 2502.16002, extended to the encoding prefix).
+encoding prefix or soft tokens, its own copy of these, which stands directly before it in position and is seen by nobody
+else (KVLink's mask, arXiv 2502.16002, extended by what stands before a chunk).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Turn:
 class Layout:
     """Parallel tensors, one value per token, all [tokens] and in an order in which nobody looks ahead.
 
-    ids: token id, 0 for a link. link: the row of the flattened link embeddings [slots * K, hidden], -1 for a token.
-    chunk, turn: which one the token belongs to, or COMMON. private: stands in a copy of the encoding prefix. predicts:
+    ids: token id, 0 for a link or soft token. link: its row in `LinkTokens.rows`, -1 for a token.
+    chunk, turn: which one the token belongs to, or COMMON. private: stands before a chunk for it alone. predicts:
     the id that should follow, -100 where none is learnt.
     """
 
@@ -52,7 +52,7 @@ class Layout:
     @property
     def stored(self) -> Tensor:
         """Whether a token's KV is there before any question: prefix and chunks, not links and turns."""
-        return (self.turn == COMMON) & (self.link < 0)
+        return (self.turn == COMMON) & ((self.link < 0) | self.private)
 
     def visible(self) -> Tensor:
         """[tokens, tokens]: whether the first sees the second."""
@@ -73,9 +73,15 @@ def lay_out(
     num_links: int = 0,
     num_slots: int = 1,
     encoding_prefix: Sequence[int] = (),
+    num_soft: int = 0,
     causal: bool = False,
 ) -> Layout:
-    """Lay out a context and its turns. causal: chunks see all before them, as in a full prefill."""
+    """Lay out a context and its turns. num_soft: soft tokens before each chunk. causal: chunks see all before them, as
+    in a full prefill."""
+    before = [
+        *((token_id, -1) for token_id in encoding_prefix),
+        *((0, num_slots * num_links + n) for n in range(num_soft)),
+    ]
     columns: list[tuple[int, int, int, int, int, bool, int]] = []
     position = 0
     for token_id in prefix_ids:
@@ -83,10 +89,10 @@ def lay_out(
         position += 1
     for number, ids in enumerate(chunks):
         if not causal:
-            start = position - len(encoding_prefix)
+            start = position - len(before)
             columns += [
-                (i, -1, start + n, number, COMMON, True, -100) for n, i in enumerate(encoding_prefix)
-            ]  # fmt: skip
+                (token_id, row, start + n, number, COMMON, True, -100) for n, (token_id, row) in enumerate(before)
+            ]
         columns += [(token_id, -1, position + n, number, COMMON, False, -100) for n, token_id in enumerate(ids)]
         position += len(ids)
         first = min(number, num_slots - 1) * num_links

@@ -1,8 +1,10 @@
-"""The module that is trained: link embeddings, and an adapter where one is wanted, around a model.
+"""The module that is trained: link embeddings, soft tokens and an adapter where these are wanted, around a model.
 
-What is read before any question (prefix and chunks) comes in one of two ways. Where training does not change it, its
+What is read before any question (prefix and chunks) comes in one of three ways. Where training does not change it, its
 KV is computed once, without gradients, and may come from a store: a step then costs little more than links, questions
-and answers. Where it is trained, all of it runs through the model under KVLink's mask.
+and answers. Where soft tokens before the chunks are trained, the untouched model reads them and the chunks, with
+gradients, and links, questions and answers run over the KV of that. Where the reading itself is trained, all of it runs
+through the model under KVLink's mask.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from kvlink_rag.model import LanguageModel
 from kvlink_rag.training.layout import Layout
 
 TRAINABLE = ("links", "reader", "lora", "full")
-OVER_STORED = ("links", "reader")  # these change nothing of how documents are read, and run over their stored KV
+OVER_STORED = ("links", "reader")  # the base reads documents: without soft tokens, from their stored KV
+TOKENS = ("links", "soft_tokens")  # parameters that are embeddings of no word
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,14 @@ class Step:
 
 
 class Learner(nn.Module):
-    """Links [slots * K, hidden] in float32, and the model with what of it is trained.
+    """Links [slots * K, hidden] and soft tokens [S, hidden] in float32, and the model with what of it is trained.
 
-    source: of stored KV; None where no step will run. The teacher is the model's `reader` as it was given, by a full
-    prefill (with "full": as it stands); where "links" are trained, that is also what reads them.
-    trainable: "links" (nothing else), "reader" (an adapter for all that is computed at question time), "lora" (an
-    adapter for documents too) or "full" (all weights). lora: settings of a new adapter. reader: folder of the adapter
-    in `model.reader`, to be trained further. gradient_checkpointing: keep no activation inside a layer, and compute it
-    again on the way back; not over stored KV.
+    source: of stored KV; None where no step will run over it. The teacher is the model's `reader` as it was given, by a
+    full prefill (with "full": as it stands); where "links" are trained, that is also what reads them.
+    trainable: "links" (and soft tokens, if there are some), "reader" (an adapter too, for all that is computed at
+    question time), "lora" (one for documents as well) or "full" (all weights). lora: settings of a new adapter.
+    reader: folder of the adapter in `model.reader`, to be trained further. gradient_checkpointing: keep no activation
+    inside a layer, and compute it again on the way back; not over stored KV.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Learner(nn.Module):
         self.num_slots, self.num_links = links.embeddings.shape[:2]
         self.num_tokens = 0  # run through the model so far, stored ones not counted
         self.links = nn.Parameter(links.embeddings.detach().float().flatten(0, 1).clone(), bool(self.num_links))
+        soft_tokens = self.links[:0] if links.soft_tokens is None else links.soft_tokens
+        self.soft_tokens = nn.Parameter(soft_tokens.detach().float().clone(), bool(len(soft_tokens)))
         self.hf = model.hf
         self.hf.requires_grad_(trainable == "full")
         self.peft = None
@@ -95,11 +100,10 @@ class Learner(nn.Module):
         return self
 
     def link_tokens(self, name: str) -> LinkTokens:
-        """The links as they stand."""
-        embeddings = (
-            self.links.detach().to(self.model.dtype).view(self.num_slots, self.num_links, self.model.hidden_size)
-        )
-        return LinkTokens(embeddings, name)
+        """Links and soft tokens as they stand."""
+        links, soft_tokens = (trained.detach().to(self.model.dtype) for trained in (self.links, self.soft_tokens))
+        embeddings = links.view(self.num_slots, self.num_links, self.model.hidden_size)
+        return LinkTokens(embeddings, name, soft_tokens=soft_tokens if len(soft_tokens) else None)
 
     def forward(self, steps: Sequence[Step], objective: Callable[..., Tensor]) -> dict[str, Tensor]:
         """The mean loss of an answer token, each step weighing as the square root of its number of turns.
@@ -135,8 +139,9 @@ class Learner(nn.Module):
         computed = ~layout.stored
         keys = torch.cat(((layout.stored & ~layout.private).nonzero()[:, 0], computed.nonzero()[:, 0]))
         rows = computed.nonzero()[:, 0]
-        with torch.no_grad(), self._as_base():
-            cache = self._full_prefill(step) if layout.causal else self._placed(step, layout)
+        is_trained = self.soft_tokens.requires_grad and not layout.causal and torch.is_grad_enabled()
+        with self._as_base(), torch.set_grad_enabled(is_trained):
+            cache = self._full_prefill(step) if layout.causal else self._documents(step, layout)
         position = layout.position
         mask = self._mask(layout.visible()[rows][:, keys], position[rows][:, None] - position[keys][None, :])
         return self._run(layout, rows, mask, torch.searchsorted(rows, places), cache, reader)
@@ -149,14 +154,8 @@ class Learner(nn.Module):
 
     def _run(self, layout: Layout, rows: Tensor, mask: Any, places: Tensor, cache: Cache | None, reader: Any) -> Tensor:
         device = self.model.device
-        ids, link = layout.ids[rows].to(device), layout.link[rows].to(device)
-        embeds = self.hf.get_input_embeddings()(ids)
-        if (link >= 0).any():
-            links = self.links.to(embeds.dtype)[link.clamp(min=0)]
-            embeds = torch.where(link[:, None] >= 0, links, embeds)
-        self.num_tokens += len(rows)
         output = reader(
-            inputs_embeds=embeds[None],
+            inputs_embeds=self._embeds(layout, rows),
             position_ids=layout.position[rows].to(device)[None],
             attention_mask=mask,
             use_cache=cache is not None,
@@ -165,10 +164,37 @@ class Learner(nn.Module):
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
+    def _embeds(self, layout: Layout, rows: Tensor) -> Tensor:
+        """What runs through the model: [1, rows, hidden]."""
+        device = self.model.device
+        link = layout.link[rows].to(device)
+        embeds = self.hf.get_input_embeddings()(layout.ids[rows].to(device))
+        if (link >= 0).any():
+            trained = torch.cat((self.links, self.soft_tokens)).to(embeds.dtype)[link.clamp(min=0)]
+            embeds = torch.where(link[:, None] >= 0, trained, embeds)
+        self.num_tokens += len(rows)
+        return embeds[None]  # type: ignore[no-any-return]
+
     def _mask(self, visible: Tensor, distance: Tensor) -> Any:
         """Always explicit: without one, a gap in the positions isolates tokens from each other."""
         device = self.model.device
         return self.model.mask_from(visible.to(device), distance.to(device))
+
+    def _documents(self, step: Step, layout: Layout) -> Cache:
+        """Prefix and chunks as they stand under the mask, without what stands before a chunk for it alone."""
+        if not self.soft_tokens.requires_grad:
+            return self._placed(step, layout)
+        rows, cache = layout.stored.nonzero()[:, 0], DynamicCache()
+        position = layout.position[rows]
+        self.hf.base_model(
+            inputs_embeds=self._embeds(layout, rows),
+            position_ids=position.to(self.model.device)[None],
+            attention_mask=self._mask(layout.visible()[rows][:, rows], position[:, None] - position[None]),
+            use_cache=True,
+            **{self.model.cache_argument: cache},
+        )
+        shared = (~layout.private[rows]).nonzero()[:, 0].to(self.model.device)
+        return DynamicCache([(layer.keys[:, :, shared], layer.values[:, :, shared]) for layer in cache.layers])
 
     def _placed(self, step: Step, layout: Layout) -> Cache:
         """Prefix and chunks at their positions, as `linking.link_tokens` places them."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvlink_rag.adapters import plain_rank
+from kvlink_rag.encoding_prefix import CHUNK_TEMPLATE, STAND_IN
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.links import Checkpoint, LinkTokens
@@ -30,6 +33,11 @@ def check_start(start: Checkpoint, settings: TrainSettings) -> None:
         raise BadInput(
             f"{start.name} has {per_chunk} link tokens and {slots} slots, more than the {settings.num_link_tokens} and "
             f"{settings.slots} asked for; give as many or more"
+        )
+    if start.num_soft_tokens and settings.num_soft_tokens != start.num_soft_tokens:
+        raise BadInput(
+            f"{start.name} has {start.num_soft_tokens} soft tokens, and {settings.num_soft_tokens} were asked for; "
+            f"give as many"
         )
     if start.reader and settings.trainable == "reader":
         rank = plain_rank(start.reader)
@@ -76,7 +84,7 @@ def make_learner(
     return Learner(
         model,
         source,
-        _links(model, settings, start),
+        initial_links(model, settings, start),
         trainable=settings.trainable,
         lora=lora,
         reader=reader,
@@ -84,13 +92,27 @@ def make_learner(
     )
 
 
-def _links(model: LanguageModel, settings: TrainSettings, start: Checkpoint | None) -> LinkTokens:
-    """Those of `start`, with as many slots and links more as are asked for: new links begin as the newline token."""
+def initial_links(model: LanguageModel, settings: TrainSettings, start: Checkpoint | None) -> LinkTokens:
+    """Those of `start`, with as many slots and links more as are asked for: new links begin as the newline token.
+
+    Soft tokens begin as the last words of a made-up document, which already brings untrained KV nearer to a full
+    prefill's (docs/training.md).
+    """
     new = LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots)
+    soft_tokens = _document(model, settings.num_soft_tokens) if settings.num_soft_tokens else None
     if start is None:
-        return new
-    known = start.links(model).embeddings
-    slots, per_chunk, _ = known.shape
-    more = known[-1:].expand(settings.slots - slots, -1, -1)  # the last slot served them so far
-    embeddings = torch.cat((torch.cat((known, more)), new.embeddings[:, per_chunk:]), 1)
-    return LinkTokens(embeddings, start.name, start.about)
+        return replace(new, soft_tokens=soft_tokens)
+    links = start.links(model)
+    slots, per_chunk, _ = links.embeddings.shape
+    more = links.embeddings[-1:].expand(settings.slots - slots, -1, -1)  # the last slot served them so far
+    embeddings = torch.cat((torch.cat((links.embeddings, more)), new.embeddings[:, per_chunk:]), 1)
+    return LinkTokens(
+        embeddings, start.name, start.about, soft_tokens if links.soft_tokens is None else links.soft_tokens
+    )
+
+
+def _document(model: LanguageModel, num_tokens: int) -> Tensor:
+    """Embeddings [num_tokens, hidden] of the end of a made-up document, behind newlines where it is shorter."""
+    ids = model.tokenizer.plain_ids(CHUNK_TEMPLATE.format(text=STAND_IN))[-num_tokens:]
+    newlines = model.tokenizer.plain_ids("\n")[-1:] * (num_tokens - len(ids))
+    return model.embed((*newlines, *ids))

@@ -32,6 +32,7 @@ class StepSettings:
 
     num_links: int
     num_slots: int
+    num_soft: int
     min_documents: int
     max_documents: int
     max_tokens: int
@@ -127,6 +128,7 @@ class Steps(Dataset[Step]):
             num_links=num_links,
             num_slots=chosen.num_slots,
             encoding_prefix=encoder.prefix_ids,
+            num_soft=chosen.num_soft,
             causal=causal,
         )
         teacher = lay_out(prefix_ids, chunk_ids, turns, causal=True) if chosen.with_teacher else None

@@ -26,7 +26,7 @@ from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.training.export import base, begin, data_digest, export
 from kvlink_rag.training.learner import OVER_STORED
 from kvlink_rag.training.lessons import asked_of, make_lessons
-from kvlink_rag.training.start import check_start, make_learner, provenance
+from kvlink_rag.training.start import check_start, initial_links, make_learner, provenance
 from kvlink_rag.training.steps import Pool, Room, Steps, StepSettings
 from kvlink_rag.training.trainer import Report, TrainSettings, run
 
@@ -103,10 +103,12 @@ def _train(
     job: Job,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    encoder = Encoder(model)
+    links = initial_links(model, settings, start)
+    encoder = Encoder(model, soft_tokens=links.soft_tokens)
     step_settings = StepSettings(
         num_links=settings.num_link_tokens,
         num_slots=settings.slots,
+        num_soft=settings.num_soft_tokens,
         min_documents=settings.min_docs,
         max_documents=settings.max_docs,
         max_tokens=settings.max_tokens,
@@ -135,7 +137,7 @@ def _train(
         "start": provenance(start) if start else None,
     }
     if start:
-        start.links(model).check_recipe(encoder.recipe)
+        links.check_recipe(encoder.recipe)
     begin(out, about, resume, start)
     torch.manual_seed(settings.seed)
     with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:

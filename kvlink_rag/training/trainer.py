@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from kvlink_rag.compute import Cancelled
 from kvlink_rag.errors import BadInput, Diverged
-from kvlink_rag.training.learner import OVER_STORED, TRAINABLE, Learner, Step
+from kvlink_rag.training.learner import OVER_STORED, TOKENS, TRAINABLE, Learner, Step
 from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
 from kvlink_rag.training.steps import Steps
 
@@ -36,6 +36,7 @@ class TrainSettings:
     objective: str = "answers"
     num_link_tokens: int = 5
     slots: int = 1
+    num_soft_tokens: int = 0
     min_docs: int = 2
     max_docs: int = 10
     max_turns: int = 16
@@ -57,20 +58,22 @@ class TrainSettings:
             raise BadInput(f"trainable {self.trainable!r} is not one of {', '.join(TRAINABLE)}")
         if self.objective not in OBJECTIVES:
             raise BadInput(f"objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
-        if self.trainable == "links" and self.num_link_tokens < 1:
-            raise BadInput("with trainable 'links' and no link tokens there is nothing to train")
+        if self.trainable == "links" and self.num_link_tokens < 1 and self.num_soft_tokens < 1:
+            raise BadInput("with trainable 'links' and neither link tokens nor soft tokens there is nothing to train")
         if self.gradient_checkpointing and self.trainable in OVER_STORED:
             raise BadInput(
-                f"gradient checkpointing is for 'lora' and 'full'; {self.trainable!r} runs no document through the "
-                f"model; a smaller batch or fewer max_turns need less memory there"
+                f"gradient checkpointing is for 'lora' and 'full', not for {self.trainable!r}; a smaller batch or "
+                f"fewer max_turns need less memory there"
             )
         if not 1 <= self.min_docs <= self.max_docs:
             raise BadInput(f"min_docs {self.min_docs} and max_docs {self.max_docs} must be positive and in order")
         for name in ("steps", "batch", "accumulate", "slots", "max_turns", "lora_rank", "max_tokens"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_link_tokens < 0 or not 0 <= self.causal_share <= 1:
-            raise BadInput("num_link_tokens must not be negative, and causal_share lies between 0 and 1")
+        if min(self.num_link_tokens, self.num_soft_tokens) < 0 or not 0 <= self.causal_share <= 1:
+            raise BadInput(
+                "num_link_tokens and num_soft_tokens must not be negative, and causal_share lies between 0 and 1"
+            )
 
     @property
     def with_teacher(self) -> bool:
@@ -228,10 +231,11 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
 
 def _optimizer(learner: Learner, settings: TrainSettings) -> torch.optim.Optimizer:
-    others = [p for name, p in learner.named_parameters() if p.requires_grad and name != "links"]
-    groups = [{"params": [learner.links], "lr": settings.link_learning_rate}] if learner.links.requires_grad else []
-    if others:
-        groups.append({"params": others, "lr": settings.learning_rate})
+    trained = [(name, parameter) for name, parameter in learner.named_parameters() if parameter.requires_grad]
+    tokens = [parameter for name, parameter in trained if name in TOKENS]
+    others = [parameter for name, parameter in trained if name not in TOKENS]
+    rates = ((tokens, settings.link_learning_rate), (others, settings.learning_rate))
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.999))
 
 
