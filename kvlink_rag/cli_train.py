@@ -241,10 +241,15 @@ def _say(about: dict[str, Any], model: str, out: Path, as_json: bool) -> None:
         return
     losses = [entry["loss"] for entry in about["log"]]
     course = f"; loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
-    num_examples, steps = sum(about["data"].values()), about["settings"]["steps"]
+    num_examples, steps = (
+        sum(about["data"].values()) - sum(about.get("left_out", {}).values()),
+        about["settings"]["steps"],
+    )
     reached = f"{steps} steps" if about["step"] == steps else f"step {about['step']} of {steps}"
     took = f"; {about['seconds']} s" if "seconds" in about else ""
     print(f"{out}: {num_examples:,} examples, {reached}{course}{took}")
     model = str(out / "model") if about["trainable"] == "full" else model
     answers = "" if model == DEFAULT_MODEL_NAME else f" --model {model}"
+    if about["trainable"] == "lora" or about["settings"]["num_soft_tokens"]:
+        print(f"read documents for it: kvlink add FILES{answers} --links {out}")
     print(f"answer with it: kvlink ask QUESTION{answers} --links {out}")

@@ -295,6 +295,25 @@ def test_train_goes_on_from_a_checkpoint(kvlink, tmp_path):
     assert code == 1 and "no checkpoint comes along for" in err.replace("\n", " ")
 
 
+def test_documents_are_read_for_a_checkpoint_with_soft_tokens(kvlink, tmp_path):
+    """Training says how; an example that there is no room for is not said to have been learnt."""
+    base, data, out = tiny_folder(tmp_path), tmp_path / "data.jsonl", tmp_path / "out"
+    texts = "It is here.", "It is not here. " * 200
+    rows = [{"question": "Where?", "answers": ["here"], "documents": [{"text": text}]} for text in texts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    options = ("--model", base, "--steps", 1, "--batch", 1, "--min-docs", 1, "--max-tokens", 200)
+    code, text, _ = kvlink("train", "--data", data, *options, "--num-soft-tokens", 3, "--out", out)
+    told = text.replace("\n", " ")
+    assert code == 0 and "1 examples, 1 steps" in told
+    assert f"kvlink add FILES --model {base} --links {out}" in told
+    (tmp_path / "a.txt").write_text("The tower stands on the hill.")
+    store = ("--store", tmp_path / "store", "--model", base, "--links", out)
+    code, text, _ = kvlink("add", tmp_path / "a.txt", *store)
+    assert code == 0 and "1 encoded, 0 reused" in text
+    code, text, _ = kvlink("ask", "Where is the tower?", *store, "--max-new-tokens", 2, "--json")
+    assert code == 0 and [source["reused"] for source in json.loads(text)["sources"]] == [True]
+
+
 def test_bench_ttft_prints_its_json_form(kvlink):
     code, out, _ = kvlink("bench", "ttft", "--contexts", "200", "--repeats", 1, "--json")
     (row,) = json.loads(out)
