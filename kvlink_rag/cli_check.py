@@ -23,6 +23,7 @@ from kvlink_rag.cli_options import (
     linked_model,
     loaded,
     numbers,
+    options_given,
 )
 from kvlink_rag.config import AUTO, DEFAULT_PRECISION, PUBLIC, UNTRAINED
 from kvlink_rag.console import notes, progress_bar
@@ -36,6 +37,7 @@ UNSAFE = 3
 
 
 def check(
+    context: typer.Context,
     data: Annotated[Path | None, typer.Option("--data", help="Question file; default: 24 that come along.")] = None,
     store: Annotated[Path | None, typer.Option("--store", help="Ask about this store's documents instead.")] = None,
     linking: Annotated[str, typer.Option("--linking", help="The linking in question: docs/linkings.md.")] = AUTO,
@@ -62,6 +64,8 @@ def check(
         raise BadInput("full is what a check holds the others against; name another linking")
     if data is not None and store is not None:
         raise BadInput("give --data or --store, not both: the questions are the file's, or made from the store")
+    if store is None and (idle := options_given(context, "embedder", "namespace")):
+        raise BadInput(f"{' and '.join(idle)}: of a store's documents; give --store, or leave that out")
     lengths = numbers("--contexts", contexts)
     given = read_data(data, questions) if data is not None else None
     from kvlink_rag.evaluation.check import check as run_check

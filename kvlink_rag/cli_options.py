@@ -57,6 +57,13 @@ DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
 DEFAULT_EMBEDDER_NAME = "all-minilm-l6-v2"
 
 
+def options_given(context: typer.Context, *names: str) -> list[str]:
+    """Those of a command's options that stand on its command line, as they are written there."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    found = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return [f"--{name.replace('_', '-')}" for name in found]
+
+
 def loaded_model(
     model: str, dtype: str, device: str, *, links: str | None = None, adapter: Path | None = None
 ) -> tuple[LanguageModel, Checkpoint | None]:

@@ -18,6 +18,7 @@ from kvlink_rag.cli_options import (
     Model,
     loaded,
     loaded_model,
+    options_given,
 )
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.console import progress_bar, training_bar
@@ -218,9 +219,7 @@ def _first(given: int | None, started_with: int | None, default: int) -> int:
 
 def _refuse_all_but(context: typer.Context, *names: str) -> None:
     """Raise BadInput where another option was given."""
-    sources = {name: context.get_parameter_source(name) for name in context.params if name not in names}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if extra := [f"--{name.replace('_', '-')}" for name in given]:
+    if extra := options_given(context, *(name for name in context.params if name not in names)):
         raise BadInput(f"--export trains nothing and takes the run's own settings; leave out {', '.join(extra)}")
 
 

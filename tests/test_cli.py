@@ -364,3 +364,5 @@ def test_check_says_what_it_cannot_check(kvlink, tmp_path):
     assert code == 1 and "holds the others against" in err
     code, _, err = kvlink("check", "--contexts", "long")
     assert code == 1 and "--contexts takes numbers like 1000,2000" in err
+    code, _, err = kvlink("check", "--namespace", "rome", "--embedder", "other")
+    assert code == 1 and "--embedder and --namespace: of a store's documents; give --store" in err.replace("\n", " ")
