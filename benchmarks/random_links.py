@@ -63,7 +63,8 @@ def main() -> None:
     if checkpoint is None:
         parser.error("random links need trained ones to stand in for")
     model = LanguageModel.load(reader=checkpoint.reader, adapter=checkpoint.adapter, dtype=options.dtype)
-    encoder, trained = Encoder(model), checkpoint.links(model)
+    trained = checkpoint.links(model)
+    encoder = Encoder(model, soft_tokens=trained.soft_tokens)
     arms = {"trained": trained}
     arms |= {f"normal {seed}": random_links(trained, seed, of_length=False) for seed in range(options.seeds)}
     arms |= {f"length {seed}": random_links(trained, seed, of_length=True) for seed in range(options.seeds)}

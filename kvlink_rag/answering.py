@@ -166,8 +166,8 @@ class AnswerMaker:
         in_place, longest = request.prompt.chunk_ids, self._source.longest_chunk
         if (most := max(map(len, in_place), default=0)) > longest:
             raise PromptTooLong(
-                f"a document within the messages has {most} tokens; behind the encoding prefix the model's window of "
-                f"{window} has room for {longest}; cut it"
+                f"a document within the messages has {most} tokens; behind the encoding prefix, soft tokens included, "
+                f"the model's window of {window} has room for {longest}; cut it"
             )
         needed = request.prompt.num_scaffold_tokens + sum(map(len, in_place)) + num_links * len(in_place)
         left = window - needed - room

@@ -118,6 +118,7 @@ def train(
     from kvlink_rag.adapters import plain_rank
     from kvlink_rag.questions import read_examples, read_passages
     from kvlink_rag.training.export import begun_with, export_saved, started_from
+    from kvlink_rag.training.learner import OVER_STORED
     from kvlink_rag.training.start import check_start
     from kvlink_rag.training.study import studied
     from kvlink_rag.training.train import train as run_training
@@ -156,6 +157,11 @@ def train(
         save_minutes=save_minutes,
         seed=seed,
     )
+    idle = options_given(context, "kv", "kv_gib")
+    if idle and (trainable not in OVER_STORED or settings.num_soft_tokens):
+        raise BadInput(
+            f"{' and '.join(idle)}: documents are read anew at each step here, so none is kept; leave it out"
+        )
     if start:
         check_start(start, settings)
     if not data and store is None:
@@ -235,6 +241,8 @@ def _file_and_weight(given: str) -> tuple[Path, float]:
 
 
 def _say(about: dict[str, Any], model: str, out: Path, as_json: bool) -> None:
+    from kvlink_rag.training.learner import OVER_STORED
+
     if as_json:
         print(json.dumps(about))
         return
@@ -249,6 +257,6 @@ def _say(about: dict[str, Any], model: str, out: Path, as_json: bool) -> None:
     print(f"{out}: {num_examples:,} examples, {reached}{course}{took}")
     model = str(out / "model") if about["trainable"] == "full" else model
     answers = "" if model == DEFAULT_MODEL_NAME else f" --model {model}"
-    if about["trainable"] == "lora" or about["settings"]["num_soft_tokens"]:
+    if about["trainable"] not in OVER_STORED or about["settings"]["num_soft_tokens"]:
         print(f"read documents for it: kvlink add FILES{answers} --links {out}")
     print(f"answer with it: kvlink ask QUESTION{answers} --links {out}")

@@ -74,8 +74,18 @@ class Encoder:
         self.prefix_ids: tuple[int, ...] = ()
         if encoding_prefix:
             self.prefix_ids = (*model.tokenizer.begin_ids, *model.tokenizer.plain_ids(encoding_prefix))
+        if soft_tokens is not None:
+            if soft_tokens.ndim != 2 or not len(soft_tokens) or soft_tokens.shape[1] != model.hidden_size:
+                shape = tuple(soft_tokens.shape)
+                raise BadInput(f"soft tokens are embeddings [1 or more, {model.hidden_size}], got shape {shape}")
+            soft_tokens = soft_tokens.to(model.device, model.dtype)
         self.soft_tokens = soft_tokens
         self.num_before = len(self.prefix_ids) + (0 if soft_tokens is None else len(soft_tokens))
+        if self.num_before >= model.max_positions:
+            raise BadInput(
+                f"encoding prefix and soft tokens are {self.num_before} tokens, and the model's window of "
+                f"{model.max_positions} must hold a chunk behind them; give fewer"
+            )
         self.recipe = Recipe(
             weights=model.weights,
             adapter=model.adapter,
@@ -138,7 +148,7 @@ class Encoder:
             return None
         rows = torch.tensor([self.prefix_ids], device=self.model.device, dtype=torch.long)
         if self.soft_tokens is not None:
-            rows = torch.cat((self.model.embed(self.prefix_ids), self.soft_tokens.to(self.model.device)))[None]
+            rows = torch.cat((self.model.embed(self.prefix_ids), self.soft_tokens))[None]
         with one_core():
             return self.model.encode(rows)
 

@@ -92,8 +92,8 @@ class KVLinkEngine:
         self.entries = open_entries(self.folder, self.limits)
         self.memory = MemoryTier(self.limits.max_memory_bytes)
         self._enter(namespace)
-        if failure := maintenance.failed_check(self.index, self.checked_as, self.linking):
-            log.warning("the last kvlink check of this store failed: %s", failure)
+        for warning in maintenance.warnings(self.index, self.fingerprint, self.checked_as, self.linking):
+            log.warning("%s", warning)
 
     def _enter(self, namespace: str) -> None:
         """Answer from this namespace's documents and KV alone."""

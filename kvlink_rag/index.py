@@ -254,6 +254,11 @@ class VectorIndex:
                     hits.append(Hit(Chunk(row[2], row[0], row[1], json.loads(row[3])), round(float(score), 6)))
             return hits
 
+    def last_fingerprint(self) -> str | None:
+        """By which recipe the chunk that was indexed last was encoded; None where there is no chunk."""
+        row = self._db.execute("SELECT fingerprint FROM chunks ORDER BY rowid DESC LIMIT 1").fetchone()
+        return None if row is None else str(row[0])
+
     def get_meta(self, name: str) -> str | None:
         """A named value of the store, or None."""
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()

@@ -62,6 +62,11 @@ class Checkpoint:
             raise CheckpointMismatch(
                 f"{folder}: kvlink.json is not of format {FORMAT} or {WITH_SOFT_TOKENS}, which this version reads"
             )
+        num_soft = about.get("num_soft_tokens")
+        if about["format"] == WITH_SOFT_TOKENS and (type(num_soft) is not int or num_soft < 1):
+            raise CheckpointMismatch(
+                f"{folder}: kvlink.json names {num_soft!r} soft tokens, which is no number of them"
+            )
         _check_parts(folder, about.get("files"))
         return cls(folder, about, str(name))
 
@@ -105,7 +110,7 @@ class Checkpoint:
     @property
     def num_soft_tokens(self) -> int:
         """Soft tokens before each chunk."""
-        return int(self.about.get("num_soft_tokens", 0))
+        return int(self.about["num_soft_tokens"]) if self.about["format"] == WITH_SOFT_TOKENS else 0
 
     @property
     def digests(self) -> dict[str, str]:
@@ -136,7 +141,7 @@ class Checkpoint:
         try:
             found = load_safetensors((self.folder / "link.safetensors").read_bytes())
             embeddings, soft_tokens = found["links"], found.get("soft_tokens")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointMismatch(f"{self.name} holds no readable link.safetensors: {error}") from error
         if embeddings.ndim != 3 or embeddings.shape[2] != model.hidden_size:
             raise CheckpointMismatch(
@@ -191,7 +196,8 @@ class LinkTokens:
         if embeddings_digest(self.soft_tokens) != recipe.soft_tokens:
             raise CheckpointMismatch(
                 f"the links of {self.name} were trained {_with(self.soft_tokens)} soft tokens before each chunk, and "
-                f"these chunks are encoded by others; give the encoder soft_tokens=links.soft_tokens"
+                f"these chunks are encoded {'behind others' if recipe.soft_tokens else 'without'}; give the encoder "
+                f"soft_tokens=links.soft_tokens"
             )
         for name in ("chunk_template", "encoding_prefix"):
             if name in self.about and self.about[name] != getattr(recipe, name):
@@ -222,15 +228,17 @@ class LinkTokens:
         save_file(found, folder / "link.safetensors")
         slots, per_chunk, _ = self.embeddings.shape
         soft = {} if self.soft_tokens is None else {"num_soft_tokens": len(self.soft_tokens)}
+        version = {"format": WITH_SOFT_TOKENS if soft else FORMAT}
         written = {
-            "format": WITH_SOFT_TOKENS if soft else FORMAT,
+            **version,
             "base_name": model.public_name,
             "base_weights": model.weights,
             "base_origin": model.origin,
             "num_link_tokens": per_chunk,
             "slots": slots,
-            **soft,
             **(about or {}),
+            **version,
+            **soft,
             "files": _parts(folder),
         }
         (folder / "kvlink.json").write_text(json.dumps(written, indent=2) + "\n", "utf-8")

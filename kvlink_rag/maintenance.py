@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from kvlink_rag.index import VectorIndex
@@ -69,6 +69,17 @@ def remember_check(index: VectorIndex, checked_as: str, linking: str, failure: s
     """
     verdict = {"checked_as": checked_as, "linking": linking, "failure": failure}
     index.set_meta(CHECK, json.dumps(verdict))
+
+
+def warnings(index: VectorIndex, fingerprint: str, checked_as: str, linking: str) -> Iterator[str]:
+    """What whoever opens a store for this recipe, checkpoint and linking should know."""
+    if index.last_fingerprint() not in (None, fingerprint):
+        yield (
+            "documents of this store were read by another recipe (model, dtype, precision, or a checkpoint's soft "
+            "tokens or adapter): what a question finds is read anew, and kept beside; adding them again reads them all"
+        )
+    if failure := failed_check(index, checked_as, linking):
+        yield f"the last kvlink check of this store failed: {failure}"
 
 
 def failed_check(index: VectorIndex, checked_as: str, linking: str) -> str | None:

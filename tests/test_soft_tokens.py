@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,16 +18,21 @@ from kvlink_rag.encoding import Encoder
 from kvlink_rag.encoding_prefix import CHUNK_TEMPLATE, STAND_IN
 from kvlink_rag.errors import BadInput, CheckpointMismatch
 from kvlink_rag.evaluation.answers import Arm
-from kvlink_rag.evaluation.check import exactness
+from kvlink_rag.evaluation.check import _fits, check, exactness
+from kvlink_rag.evaluation.forced import Forcing
+from kvlink_rag.evaluation.ttft import words_per_chunk
 from kvlink_rag.joining import LinkRequest
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import Checkpoint, LinkTokens, checkpoint_digest
 from kvlink_rag.prompt import build_prompt
-from kvlink_rag.questions import own_questions
+from kvlink_rag.questions import Example, own_questions
+from kvlink_rag.recipe import embeddings_digest
 from kvlink_rag.training.layout import Turn, lay_out
 from kvlink_rag.training.learner import Learner, Step
-from kvlink_rag.training.start import initial_links
+from kvlink_rag.training.start import initial_links, make_learner
 from kvlink_rag.training.train import train
+from kvlink_rag.training.trainer import _optimizer
+from kvlink_rag.types import Document
 
 TEXTS = ["The horn can be heard for miles.", "A ferry leaves at noon.", "Sand."]
 NUM_LINKS, NUM_SOFT = 2, 5
@@ -111,7 +117,7 @@ def test_twenty_steps_lower_the_loss(trainable, num_link_tokens, base, tmp_path)
 
 
 def test_the_base_stays_as_it_is(base, tmp_path):
-    """What links and reader learn over documents behind soft tokens changes nothing of how these are read."""
+    """What links learn over documents behind soft tokens changes nothing of how these are read."""
     model = LanguageModel.load(base, dtype="float32")
     before = {name: weight.clone() for name, weight in model.hf.named_parameters()}
     train(model, {"boxes": examples()}, tmp_path / "out", settings(trainable="links", num_soft_tokens=4, steps=2))
@@ -191,7 +197,7 @@ def test_a_file_without_those_that_kvlink_json_names_is_refused(change, trained,
         tensors["soft_tokens"] = soft_tokens[1:].contiguous()
     if change == "too many":
         tensors["soft_tokens"] = soft_tokens
-        about.pop("num_soft_tokens")
+        about["format"] = 1
     save_file(tensors, tmp_path / "link.safetensors")
     (tmp_path / "kvlink.json").write_text(json.dumps({**about, "files": None}), "utf-8")
     with pytest.raises(CheckpointMismatch, match=r"[04] soft tokens by kvlink.json, .* in the file"):
@@ -220,6 +226,114 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(base, tmp_path):
         run(base, tmp_path / "cut", report=stop, **changes)
     resumed = run(base, tmp_path / "cut", resume=True, **changes)
     assert [resumed[step] for step in (4, 5, 6)] == pytest.approx([whole[step] for step in (4, 5, 6)], rel=1e-4)
+
+
+@pytest.mark.parametrize("value", ["four", [4], None, -4, 0, 4.0, True])
+def test_a_number_of_them_that_is_none_is_refused(value, trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("run"))
+    path = tmp_path / "copy" / "kvlink.json"
+    path.write_text(json.dumps({**trained.about, "num_soft_tokens": value}), "utf-8")
+    with pytest.raises(CheckpointMismatch, match="soft tokens, which is no number of them"):
+        Checkpoint.open(path.parent)
+
+
+def test_what_is_written_says_them_whatever_else_is_said(tiny, tmp_path):
+    random_links(tiny).save(tmp_path, tiny, {"format": 1, "num_soft_tokens": 0})
+    assert torch.equal(Checkpoint.open(tmp_path).links(tiny).soft_tokens, random_links(tiny).soft_tokens)
+
+
+def test_encoder_and_links_that_do_not_belong_together_are_refused_where_they_are_measured(tiny):
+    with pytest.raises(CheckpointMismatch, match="these chunks are encoded without"):
+        exactness(Encoder(tiny), random_links(tiny), own_questions()[0])
+
+
+def test_a_check_encodes_chunks_behind_them(tiny, monkeypatch):
+    """All of it: what is held against the full prefill, and what is timed."""
+    seen = set()
+    encode = Encoder.encode
+
+    def noted(encoder, chunks):
+        seen.add(encoder.recipe.soft_tokens)
+        return encode(encoder, chunks)
+
+    monkeypatch.setattr(Encoder, "encode", noted)
+    links = random_links(tiny)
+    example = Example("When?", ("at noon",), tuple(map(Document, TEXTS)))
+    check(tiny, links, [example], ["plain"], lengths=(1900,), repeats=1)
+    assert seen == {embeddings_digest(links.soft_tokens)}
+
+
+def test_more_of_them_than_the_window_holds_are_refused(tiny):
+    """At once, and not when no chunk can be encoded any more."""
+    with pytest.raises(BadInput, match=rf"the model's window of {tiny.max_positions} must hold a chunk behind them"):
+        Encoder(tiny, soft_tokens=torch.ones(tiny.max_positions, tiny.hidden_size))
+    for shape in ((0, tiny.hidden_size), (3, 7), (tiny.hidden_size,)):
+        with pytest.raises(BadInput, match=r"soft tokens are embeddings \[1 or more, 64\]"):
+            Encoder(tiny, soft_tokens=torch.ones(shape))
+
+
+def test_they_are_counted_to_the_window(tiny, tmp_path):
+    """A chunk that has no room behind them is not stored, not answered from, not checked with and not trained on."""
+    links = LinkTokens(random_links(tiny).embeddings, "many", soft_tokens=torch.ones(1500, tiny.hidden_size) * 0.1)
+    text = "It is here. " * 50
+    with KVLinkEngine(tiny, tmp_path / "store", links=links) as engine:
+        room = tiny.max_positions - 1500 - len(engine.encoder.prefix_ids)
+        assert len(engine.encoder.token_ids(text)) > room
+        assert f"the model's window has {room} for it" in engine.add_chunks({"long": text}).skipped[0]
+        answer = engine.ask("Where?", documents=[text], max_new_tokens=1)
+        assert not answer.sources and len(answer.left_out) == 1
+        example = Example("Where?", ("here",), (Document(text),))
+        assert not _fits(engine.encoder, links, example) and _fits(Encoder(tiny), random_links(tiny), example)
+        with pytest.raises(BadInput, match="none of the examples fits"):
+            train(tiny, {"one": [example]}, tmp_path / "out", settings(num_soft_tokens=1500))
+    with pytest.raises(BadInput, match="too short for 10 chunks, or beyond"):
+        words_per_chunk(Encoder(tiny, soft_tokens=torch.ones(1850, tiny.hidden_size)), links, 1900)
+
+
+def test_who_opens_a_store_that_was_read_otherwise_is_told(trained, base, tmp_path, caplog):
+    """And by adding them again reads them for it."""
+    for links, said in (("untrained", 0), ("untrained", 0), (trained.folder, 1), (trained.folder, 0)):
+        caplog.clear()
+        with KVLinkEngine.load(base, tmp_path / "store", links=links, dtype="float32") as engine:
+            assert caplog.text.count("read by another recipe") == said
+            engine.add_chunks({"1": CHUNKS[0]})
+
+
+def test_they_learn_at_the_rate_of_links(tiny):
+    chosen = settings(trainable="links", num_soft_tokens=3, learning_rate=1e-9, link_learning_rate=0.5)
+    learner = Learner(tiny, None, initial_links(tiny, chosen, None), trainable="links")
+    (group,) = _optimizer(learner, chosen).param_groups
+    assert group["lr"] == 0.5 and [len(parameter) for parameter in group["params"]] == [4, 3]
+
+
+@pytest.mark.parametrize("causal_share", [0.0, 0.5])
+def test_a_teacher_and_full_prefills_need_none_of_them(causal_share, base, tmp_path):
+    losses = run(
+        base, tmp_path / "out", trainable="reader", objective="mixed", num_soft_tokens=4, causal_share=causal_share
+    )
+    assert sum(losses[step] for step in range(17, 21)) < 0.98 * sum(losses[step] for step in range(1, 5))
+
+
+def test_a_reader_reads_over_documents_that_the_base_read(trained, base, tmp_path):
+    """In training as in serving, the reader being another model by then."""
+    model = LanguageModel.load(base, reader=trained.reader, dtype="float32")
+    links = trained.links(model)
+    encoder = Encoder(model, soft_tokens=links.soft_tokens)
+    prompt = prompt_for(model, encoder)
+    logits = Forcing(encoder, links).logits(prompt, Forcing(encoder, links).chunks(prompt), "link_tokens", (7,))[1]
+    layout = lay_out(
+        prompt.prefix_ids,
+        prompt.chunk_ids,
+        [Turn(prompt.question_ids, (7,))],
+        num_links=2,
+        num_slots=2,
+        encoding_prefix=encoder.prefix_ids,
+        num_soft=4,
+    )
+    learner = make_learner(model, None, settings(trainable="reader", num_soft_tokens=4), trained)
+    step = Step(prompt.prefix_ids, prompt.chunk_ids, layout, None)
+    found = learner.logits(step, layout, (layout.predicts >= 0).nonzero()[:, 0])
+    assert (found - logits).detach().abs().max() < 1e-2  # the checkpoint's adapter is in bfloat16, merged in float32
 
 
 def test_neither_links_nor_soft_tokens_is_nothing_to_train():

@@ -185,7 +185,9 @@ def _fits(encoder: Encoder, links: LinkTokens, example: Example) -> bool:
     """Whether a question with its documents, links and an answer stays within the model's window."""
     prompt = prompt_of(encoder, example)
     answer = max([NUM_TOKENS, *(encoder.model.tokenizer.count(text) for text in example.answers[:1])])
-    return len(prompt.ids) + links.num_per_chunk * len(prompt.chunk_ids) + answer <= encoder.model.max_positions
+    num_tokens = len(prompt.ids) + links.num_per_chunk * len(prompt.chunk_ids) + answer
+    longest = encoder.num_before + max(map(len, prompt.chunk_ids), default=0)
+    return max(num_tokens, longest) <= encoder.model.max_positions
 
 
 def exactness(encoder: Encoder, links: LinkTokens, example: Example) -> Exactness:

@@ -19,9 +19,13 @@ from kvlink_rag.questions import Example, system_for
 
 
 class Forcing:
-    """Feeds answers to one model under any linking. Chunks are encoded once per prompt, by `chunks`."""
+    """Feeds answers to one model under any linking. Chunks are encoded once per prompt, by `chunks`.
+
+    Raises CheckpointMismatch for links that were not trained on chunks as the encoder makes them.
+    """
 
     def __init__(self, encoder: Encoder, links: LinkTokens):
+        links.check_recipe(encoder.recipe)
         self._encoder, self._links = encoder, links
         self._prefixes: dict[tuple[int, ...], StoredKV] = {}
 

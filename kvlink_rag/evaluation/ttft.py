@@ -146,7 +146,7 @@ def words_per_chunk(encoder: Encoder, links: LinkTokens, length: int) -> int:
     scaffold = build_prompt(model.tokenizer, messages, [], system=DEFAULT_SYSTEM).num_scaffold_tokens
     around = len(encoder.token_ids("a")) - 1
     num_words = (length - scaffold) // NUM_CHUNKS - links.num_per_chunk - around
-    if num_words < 4 or length >= model.max_positions:
+    if num_words < 4 or max(length, encoder.num_before + num_words + around) >= model.max_positions:
         raise BadInput(f"a context of {length} tokens is too short for 10 chunks, or beyond {model.max_positions}")
     return num_words
 

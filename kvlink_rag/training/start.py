@@ -95,7 +95,7 @@ def make_learner(
 def initial_links(model: LanguageModel, settings: TrainSettings, start: Checkpoint | None) -> LinkTokens:
     """Those of `start`, with as many slots and links more as are asked for: new links begin as the newline token.
 
-    Soft tokens begin as the last words of a made-up document, which already brings untrained KV nearer to a full
+    Soft tokens begin as the last words of a made-up document, which as a whole brings untrained KV nearer to a full
     prefill's (docs/training.md).
     """
     new = LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots)

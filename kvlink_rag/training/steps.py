@@ -67,6 +67,8 @@ class Room:
         """Whether documents of so many tokens each fit, links behind them and so many tokens around them."""
         num_tokens, num_links = sum(lengths), len(lengths) * self._settings.num_links
         window = self._encoder.model.max_positions
+        if max(lengths, default=0) > window - self._encoder.num_before:  # none could be encoded to be served
+            return False
         return num_tokens <= self._settings.max_tokens and num_tokens + num_links + num_around <= window
 
     def around(self, item: Asked, documents: Sequence[Document], count: Callable[[str], int] | None = None) -> int:

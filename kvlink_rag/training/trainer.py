@@ -60,10 +60,14 @@ class TrainSettings:
             raise BadInput(f"objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         if self.trainable == "links" and self.num_link_tokens < 1 and self.num_soft_tokens < 1:
             raise BadInput("with trainable 'links' and neither link tokens nor soft tokens there is nothing to train")
+        if self.trainable == "links" and self.causal_share:
+            raise BadInput(
+                "with trainable 'links' a context read by a full prefill teaches nothing; leave causal_share out"
+            )
         if self.gradient_checkpointing and self.trainable in OVER_STORED:
             raise BadInput(
-                f"gradient checkpointing is for 'lora' and 'full', not for {self.trainable!r}; a smaller batch or "
-                f"fewer max_turns need less memory there"
+                f"gradient checkpointing is for 'lora' and 'full', not for {self.trainable!r}; a smaller batch, "
+                f"fewer max_turns or max_tokens need less memory there"
             )
         if not 1 <= self.min_docs <= self.max_docs:
             raise BadInput(f"min_docs {self.min_docs} and max_docs {self.max_docs} must be positive and in order")

@@ -37,16 +37,19 @@ class KVLinkFAISS(VectorStore):
         *,
         model: str | Path | None = None,
         store: str | Path | None = None,
+        links: str | Path | None = None,
+        adapter: str | Path | None = None,
         encode: str = "now",
         progress: Progress | None = None,
     ):
-        """engine: a KVLinkEngine, or the ChatKVLink that will answer; or else model and store, to load one.
+        """engine: a KVLinkEngine, or the ChatKVLink that will answer; or else model and store, to load one, with
+        links and adapter where those that will answer have them: they may decide how documents are read.
 
         encode: "now", or "on-first-use": chunks are read when a question needs them. progress(stage, done, total) is
         called while chunks are read.
         """
         self.embedding = embedding
-        self.shared_engine = shared_engine(engine, model, store)
+        self.shared_engine = shared_engine(engine, model=model, store=store, links=links, adapter=adapter)
         self._encode, self._progress = encode, progress
 
     @property

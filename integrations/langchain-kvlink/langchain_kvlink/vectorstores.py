@@ -33,16 +33,19 @@ class KVLinkVectorStore(VectorStore):
         *,
         model: str | Path | None = None,
         store: str | Path | None = None,
+        links: str | Path | None = None,
+        adapter: str | Path | None = None,
         encode: str = "now",
         progress: Progress | None = None,
     ):
-        """engine: a KVLinkEngine, or the ChatKVLink that will answer; or else model and store, to load one.
+        """engine: a KVLinkEngine, or the ChatKVLink that will answer; or else model and store, to load one, with
+        links and adapter where those that will answer have them: they may decide how documents are read.
 
         encode: "now", or "on-first-use": chunks are read when a question needs them. progress(stage, done, total) is
         called while chunks are read.
         """
         self.vectorstore = vectorstore
-        self.shared_engine = shared_engine(engine, model, store)
+        self.shared_engine = shared_engine(engine, model=model, store=store, links=links, adapter=adapter)
         self._encode, self._progress = encode, progress
 
     @property
@@ -165,9 +168,8 @@ class KVLinkVectorStore(VectorStore):
         return self.vectorstore._select_relevance_score_fn()
 
 
-def shared_engine(engine: Any, model: str | Path | None, store: str | Path | None) -> SharedEngine:
-    """The engine of a vector store: a given one, or one to be loaded."""
-    named = {"model": model, "store": store}
+def shared_engine(engine: Any, **named: str | Path | None) -> SharedEngine:
+    """The engine of a vector store: a given one, or one to be loaded with what is named."""
     return SharedEngine.of(engine, {name: value for name, value in named.items() if value is not None})
 
 
