@@ -79,3 +79,14 @@ def added(engine, documents):
 @pytest.fixture
 def embeddings():
     return WordEmbeddings()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model as a user has it: files in a folder."""
+    from tiny_models import build_hf, byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    build_hf("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

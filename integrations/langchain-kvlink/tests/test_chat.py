@@ -31,17 +31,6 @@ def without_times(message):
     return about["model_name"], about["finish_reason"], documents, about["kvlink"]["tokens"], message.usage_metadata
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A model as a user has it: files in a folder."""
-    from tiny_models import build_hf, byte_tokenizer
-
-    folder = tmp_path_factory.mktemp("model")
-    build_hf("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def test_a_stream_joined_is_the_invoked_answer(chat, added):
     chat.invoke(QUESTION, documents=added)
     invoked = chat.invoke(QUESTION, documents=added)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from kvlink_rag import LanguageModel, LinkTokens
 from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
@@ -217,3 +220,19 @@ def test_deleting_without_ids_empties_the_index(engine, embeddings, documents):
     store.delete()
     assert engine.document_ids() == list(engine.entries.keys()) == []
     assert store.similarity_search("tide") == []
+
+
+@pytest.mark.parametrize(
+    "of", [KVLinkFAISS, lambda given, **named: KVLinkVectorStore(InMemoryVectorStore(given), **named)]
+)
+def test_a_process_that_only_ingests_reads_for_the_checkpoint_it_names(of, model_folder, embeddings, tmp_path):
+    """One with soft tokens, which decide how documents are read."""
+    model = LanguageModel.load(model_folder)
+    links = LinkTokens.untrained(model, 2)
+    replace(links, soft_tokens=links.embeddings[0] * 2).save(tmp_path / "links", model)
+    named = {"model": model_folder, "store": tmp_path / "lazy", "links": tmp_path / "links"}
+    ingesting = of(embeddings, **named)
+    ingesting.add_documents([Document(text_of(1), id="1")])
+    ingesting.shared_engine.get().close()
+    message = ChatKVLink(**named, max_tokens=2).invoke("Which?", documents=[Document(text_of(1))])
+    assert [source["reused"] for source in message.response_metadata["kvlink"]["documents"]] == [True]
