@@ -17,7 +17,7 @@ def main(job: object) -> None:
     links = LinkTokens.untrained(model)
 
     # 1. Each chunk is read alone; its keys are kept as they are before RoPE, so that they can stand anywhere.
-    encoder = Encoder(model)
+    encoder = Encoder(model, soft_tokens=links.soft_tokens)  # none, unless a checkpoint brings some
     chunk_ids = [encoder.token_ids(text) for text in CHUNKS]
     kvs = dict(encoder.encode(chunk_ids))  # index -> KV
     print(f"KV of {sum(kv.num_tokens for kv in kvs.values())} tokens: {sum(kv.nbytes for kv in kvs.values()):,} bytes")
