@@ -1,4 +1,6 @@
-"""Train link tokens on your own documents, without a label: python examples/train_links.py [QUESTIONS STEPS HELD_OUT]
+"""Train link tokens on your own documents, without a label.
+
+    python examples/train_links.py [QUESTIONS STEPS HELD_OUT SOFT_TOKENS]
 
 The model asks itself questions about the sample corpus, answers them by full prefill, and the links learn to say the
 same from stored KV. How close they come is measured on other questions, written by people, before and after.
@@ -22,7 +24,7 @@ from kvlink_rag.training.trainer import TrainSettings
 HERE = Path(__file__).parent
 
 
-def main(num_questions: int = 60, steps: int = 90, num_held_out: int = 60) -> None:
+def main(num_questions: int = 60, steps: int = 90, num_held_out: int = 60, num_soft_tokens: int = 0) -> None:
     logging.disable_progress_bar()
     started = time.monotonic()
     rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text("utf-8").splitlines()]
@@ -38,11 +40,18 @@ def main(num_questions: int = 60, steps: int = 90, num_held_out: int = 60) -> No
             examples = study(rag, num_questions)
             print(f"{len(examples)} questions, as: {examples[0].question} - {examples[0].answers[0]}", flush=True)
             settings = TrainSettings(
-                trainable="links", objective="distill", num_link_tokens=8, steps=steps, batch=1, max_docs=3
+                trainable="links",
+                objective="distill",
+                num_link_tokens=8,
+                num_soft_tokens=num_soft_tokens,
+                steps=steps,
+                batch=1,
+                max_docs=3,
             )
             with training_bar() as report:
                 train(rag.model, {"study": examples}, checkpoint, settings, report=report)
         with KVLinkRAG.load(store=folder + "/store", links=checkpoint) as rag:
+            rag.add(HERE / "corpus")  # unchanged documents cost nothing, unless soft tokens make them be read anew
             after = agreement(rag, held_out, "link_tokens")
     for name, figures in (("before", before), ("after", after)):
         print(f"{name:<7} same word as full prefill {figures.top1:.1%}, KL {figures.kl:.3f} nats a token")
