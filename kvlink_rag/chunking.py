@@ -12,8 +12,10 @@ from kvlink_rag.types import Chunk, Document, Hit
 
 _LINE_END = re.compile(r"\r\n?")
 _EMPTY_LINES = re.compile(r"\n\s*\n")
-_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![」』）”’])\s*|\n\s*")  # noqa: RUF001 - full-width marks end sentences too
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])(?![」』）”’])\s*|\n\n\s*")  # noqa: RUF001 - full-width marks end sentences too
+_LINE = re.compile(r"[^\n]+")
 _SPACE = re.compile(r"\s")
+_LONG = 40  # characters for each token of a budget, beyond which lines are not counted together first
 
 Count = Callable[[str], int]
 Span = tuple[int, int]  # start and end in a text
@@ -39,7 +41,8 @@ def as_hit(item: str | Document | Hit) -> Hit:
 def split(document: Document, document_id: str, count: Count, settings: ChunkSettings) -> list[Chunk]:
     """Cut a document into chunks of at most `settings.max_tokens` tokens, as `count` counts them, title included.
 
-    What a chunk holds stands so in the document, line breaks and indentation with it; of empty lines one is kept.
+    What a chunk holds stands so in the document, line breaks and indentation with it; of empty lines one is kept. Lines
+    are cut from each other only where a sentence, a list, a table or code is longer than a chunk.
     """
     whole = (document.title or "").strip()
     start, end = next(_halved(whole, (0, len(whole)), count, settings.max_tokens // 2 - 1), (0, 0))
@@ -54,7 +57,7 @@ def split(document: Document, document_id: str, count: Count, settings: ChunkSet
 
 
 def _sentences(text: str) -> Iterator[Span]:
-    """Sentences and lines, whichever end first."""
+    """Sentences; lines that no full stop or empty line parts are one."""
     start = 0
     for end in _SENTENCE_END.finditer(text):
         yield start, end.start()
@@ -69,8 +72,13 @@ def _halved(text: str, span: Span, count: Count, budget: int) -> Iterator[Span]:
     part = part.strip()
     if not part:
         return
-    if len(part) < 2 or count(part) <= budget:
+    has_lines = "\n" in part
+    if len(part) < 2 or (not (has_lines and len(part) > _LONG * budget) and count(part) <= budget):
         yield start, start + len(part)
+        return
+    if has_lines:
+        for line in _LINE.finditer(part):
+            yield from _halved(text, (start + line.start(), start + line.end()), count, budget)
         return
     middle = len(part) // 2
     before = max((match.start() for match in _SPACE.finditer(part, 1, middle)), default=0)

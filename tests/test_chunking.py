@@ -102,6 +102,27 @@ def test_sentences_that_fit_are_kept_whole(lengths):
         assert all(any(sentence in body for body in bodies) for sentence in sentences)
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(4, 15), min_size=2, max_size=30), width=st.integers(3, 9))
+def test_sentences_of_hard_wrapped_text_are_kept_whole(lengths, width):
+    """Where a line ends, no sentence does: Markdown and mail are wrapped so."""
+    words = " ".join(sentences_of(lengths)).split()
+    lines = [words[start : start + width] for start in range(0, len(words), width)]
+    bodies = bodies_of("\n".join(map(" ".join, lines)), max_tokens=16)
+    assert all(any(sentence in " ".join(body.split()) for body in bodies) for sentence in sentences_of(lengths))
+
+
+def test_what_no_full_stop_parts_is_cut_between_its_lines():
+    """A list, a table, code: whole while it fits, and never inside a line that does."""
+    lines = [f"- the item of number {number}" for number in range(12)]
+    short, long = "\n".join(lines[:3]), "\n".join(lines)
+    assert bodies_of(f"Of three.\n\n{short}\n\nBehind them stands a sentence.", max_tokens=24) == [
+        f"Of three.\n\n{short}", "Behind them stands a sentence."
+    ]  # fmt: skip
+    assert "\n".join(bodies_of(long, max_tokens=16)) == long
+    assert all(line in lines for body in bodies_of(long, max_tokens=16) for line in body.split("\n"))
+
+
 def test_sentences_of_a_script_without_spaces_are_kept_whole():
     """Chinese and Japanese put no space behind a full stop."""
     sentences = [f"潮水磨坊每天转动{number}次。" for number in "一二三四五六七"]
