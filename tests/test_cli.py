@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, excerpt
 from tiny_models import build_hf, byte_tokenizer
 
-from kvlink_rag import KVLinkRAG
+from kvlink_rag import KVLinkRAG, LanguageModel, LinkTokens
 from kvlink_rag.console import read_line
 from kvlink_rag.store.folder import open_folder
 
@@ -245,6 +245,18 @@ def test_eval_reads_questions_and_names_a_bad_line(kvlink, tmp_path):
     path.write_text(path.read_text() + "\n{}\n")
     code, _, err = kvlink("eval", "--data", path)
     assert code == 1 and f"{path}:2" in err.replace("\n", "")
+
+
+def test_eval_takes_links_of_a_folder_with_an_equals_sign_and_linkings_behind_one(kvlink, tmp_path):
+    base, data, links = tiny_folder(tmp_path), tmp_path / "data.jsonl", tmp_path / "rate=3"
+    row = {"question": "Where?", "answers": ["here"], "documents": [{"text": "It is here.", "is_gold": True}]}
+    data.write_text(json.dumps(row) + "\n", "utf-8")
+    model = LanguageModel.load(base)
+    LinkTokens.untrained(model, 2).save(links, model)
+    options = ("eval", "--data", data, "--model", base, "--linking", "plain", "--max-new-tokens", 2, "--json")
+    code, text, _ = kvlink(*options, "--links", links, "--links", "untrained=full,link_tokens")
+    found = [(row["links"], row["linking"]) for row in json.loads(text)]
+    assert code == 0 and found == [("rate=3", "plain"), ("untrained", "full"), ("untrained", "link_tokens")]
 
 
 def tiny_folder(folder):

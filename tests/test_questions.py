@@ -222,3 +222,9 @@ def test_vectors_of_another_embedder_are_refused(filled):
     filled.index.set_meta("embedder", "another")
     with pytest.raises(NotAStore, match="another embedder"):
         filled.ask(QUESTION)
+
+
+def test_chunks_that_retrieval_brings_are_matched_enough(filled):
+    """`on_unmatched` is about prompts into which somebody else has put chunks."""
+    answer = filled.ask("When was it lit?", match_documents=True, on_unmatched="raise", max_new_tokens=1)
+    assert answer.sources
