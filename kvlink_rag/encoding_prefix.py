@@ -3,9 +3,9 @@
 A chunk that is read alone stands at the head of its own text; in a prompt it stands behind the task, which also lends
 it the attention sink (APE, arXiv 2502.05431, shares a prefix for that), and most often behind other documents. One
 that stands in for those brings the KV nearer still to a full prefill's where links are not trained; for the shipped
-checkpoint's training it was no gain (both measured: docs/training.md), so it is not the default. A prefix costs a
-little attention at ingestion and nothing later: its own KV is not kept. It is apart from the system message, which may
-change without touching the store.
+checkpoint's training it was no gain (both measured: docs/training-experiments.md), so it is not the default. A prefix
+costs a little attention at ingestion and nothing later: its own KV is not kept. It is apart from the system message,
+which may change without touching the store.
 """
 
 from __future__ import annotations

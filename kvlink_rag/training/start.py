@@ -96,7 +96,7 @@ def initial_links(model: LanguageModel, settings: TrainSettings, start: Checkpoi
     """Those of `start`, with as many slots and links more as are asked for: new links begin as the newline token.
 
     Soft tokens begin as the last words of a made-up document, which as a whole brings untrained KV nearer to a full
-    prefill's (docs/training.md).
+    prefill's (docs/training-experiments.md).
     """
     new = LinkTokens.untrained(model, settings.num_link_tokens, num_slots=settings.slots)
     soft_tokens = _document(model, settings.num_soft_tokens) if settings.num_soft_tokens else None
