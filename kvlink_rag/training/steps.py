@@ -32,7 +32,7 @@ class StepSettings:
 
     num_links: int
     num_slots: int
-    num_soft: int
+    num_soft: int = 0
     min_documents: int
     max_documents: int
     max_tokens: int
