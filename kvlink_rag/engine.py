@@ -21,15 +21,7 @@ from kvlink_rag.answering import AnswerMaker, Request
 from kvlink_rag.asking import Asking, AskOptions
 from kvlink_rag.chunking import chunk_text
 from kvlink_rag.compute import Emit, Job, compute
-from kvlink_rag.config import (
-    AUTO,
-    DEFAULT_PRECISION,
-    DEFAULT_STORE,
-    PUBLIC,
-    UNTRAINED,
-    ChunkSettings,
-    StoreSettings,
-)
+from kvlink_rag.config import AUTO, DEFAULT_PRECISION, DEFAULT_STORE, PUBLIC, UNTRAINED, ChunkSettings, StoreSettings
 from kvlink_rag.default_models import DEFAULT_MODEL
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.encoding_prefix import CHUNK_TEMPLATE, DEFAULT_ENCODING_PREFIX
@@ -334,6 +326,10 @@ class KVLinkEngine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: frameworks copy what they are given, and a model and a store are there once."""
+        return self
 
     # -- inside ------------------------------------------------------------------------------------
 

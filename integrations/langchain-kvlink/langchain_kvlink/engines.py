@@ -38,6 +38,10 @@ class SharedEngine:
             )
         return cls(lambda: engine, engine)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedEngine:
+        """Itself: a copy of whatever shares the engine shares it too."""
+        return self
+
     @property
     def loaded(self) -> KVLinkEngine | None:
         """The engine if it is loaded; never loads it."""
@@ -62,6 +66,10 @@ class Attached:
         """engine: what the user gave. fields: those of the first model that say what is loaded. shared: its engine."""
         self._engine, self._fields, self._shared = engine, fields, shared
         self._loaded = {_told(fields): shared}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+        """Itself, as its engines."""
+        return self
 
     def engine_of(self, engine: Any, fields: dict[str, Any], load_options: dict[str, Any]) -> SharedEngine:
         """The engine of a model with these fields, loaded once for all that have them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from copy import deepcopy
 
 import pytest
 from kvlink_rag import KVLinkEngine, Piece
@@ -213,6 +214,14 @@ def test_a_model_is_loaded_at_first_use_and_once(model_folder, tmp_path):
     answers = chat.batch([QUESTION] * 4)
     assert len({answer.content for answer in answers}) == 1
     assert chat._identifying_params["fingerprint"] == chat.shared_engine.get().fingerprint
+
+
+def test_a_deep_copy_shares_the_one_model(engine, model_folder, tmp_path):
+    """Frameworks copy what they are given; the model is not copied with it, nor loaded again."""
+    for chat in (ChatKVLink(engine=engine), ChatKVLink(model=model_folder, store=tmp_path / "lazy")):
+        for copied in (deepcopy(chat), chat.model_copy(deep=True, update={"max_tokens": 3})):
+            assert copied.shared_engine is chat.shared_engine
+        assert copied.max_tokens == 3 and chat.max_tokens != 3 and copied.invoke(QUESTION).content
 
 
 def test_configured_fields_share_the_one_model(model_folder, tmp_path):

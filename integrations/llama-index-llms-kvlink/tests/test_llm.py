@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def stored(llm: KVLinkLLM) -> KVLinkLLM:
     """An LLM whose store holds the text about the lighthouse."""
     llm.engine.add_chunks({"horn": TEXT})
     return llm
+
+
+def test_a_deep_copy_shares_the_one_model(stored: KVLinkLLM) -> None:
+    for copied in (deepcopy(stored), stored.model_copy(deep=True)):
+        assert copied.engine is stored.engine and copied.complete(TEXT).text == stored.complete(TEXT).text
 
 
 async def test_all_eight_calls_give_the_same_text_and_figures(stored: KVLinkLLM) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -76,6 +76,10 @@ class KVLinkLLM(CustomLLM):
     @classmethod
     def class_name(cls) -> str:
         return "KVLinkLLM"
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy that shares a loaded engine: a model in memory is there once."""
+        return self.__copy__()
 
     @property
     def engine(self) -> KVLinkEngine:
