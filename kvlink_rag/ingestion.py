@@ -233,11 +233,8 @@ class Ingestion:
         """Why a document's chunks cannot be encoded, or None."""
         window = self._encoder.model.max_positions - self._encoder.num_before
         longest = max((c.num_tokens for c in work.chunks), default=0)
-        return (
-            f"a chunk of {longest:,} tokens, the model's window has {window:,} for it; cut it"
-            if longest > window
-            else None
-        )
+        why = f"a chunk of {longest:,} tokens, the model's window has {window:,} for it; cut it"
+        return why if longest > window else None
 
     def _prepare_one(self, document: Document, document_id: str, digest: str, cut: Callable[[], list[Chunk]]) -> _Work:
         work = _Work(document, document_id, digest, self._index.document_digest(document_id) == digest)
