@@ -25,7 +25,7 @@ from kvlink_rag.cli_options import (
 )
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.console import notes, progress_bar, say
-from kvlink_rag.errors import BadInput
+from kvlink_rag.errors import BadInput, KVLinkError
 
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -191,7 +191,11 @@ def evaluate(
         raise BadInput("two of --links have the same folder name, under which results are kept; rename one")
     with tempfile.TemporaryDirectory(prefix="kvlink-eval-") as folder, progress_bar() as progress:
         run = AnswerRun(arms, out or Path(folder), max_new_tokens=max_new_tokens)
-        compute.run(lambda job: run.run(files, linkings, progress))
+        try:
+            compute.run(lambda job: run.run(files, linkings, job.checked(progress)))
+        except KeyboardInterrupt:
+            kept = f"{out} keeps {len(run.rows):,} answers, and the same command goes on" if out else "nothing is kept"
+            raise KVLinkError(f"stopped; {kept}") from None
         files_written = write_report(run.rows, out) if out else []
     rows = summary(run.rows)
     print(json.dumps(rows) if as_json else table(rows))

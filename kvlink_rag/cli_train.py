@@ -80,8 +80,13 @@ def train(
             min=0,
         ),
     ] = None,
-    min_docs: Annotated[int, typer.Option("--min-docs", help="Fewest documents in a context.", min=1)] = 2,
-    max_docs: Annotated[int, typer.Option("--max-docs", help="Most documents in a context.", min=1)] = 10,
+    min_docs: Annotated[
+        int,
+        typer.Option("--min-docs", help="Fewest documents in a context, where is_gold tells which are needed.", min=1),
+    ] = 2,
+    max_docs: Annotated[
+        int, typer.Option("--max-docs", help="Most documents in a context, where is_gold tells.", min=1)
+    ] = 10,
     max_turns: Annotated[int, typer.Option("--max-turns", help="Most questions asked of one context.", min=1)] = 16,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", help="Most tokens of a context's documents.", min=1)
@@ -92,7 +97,10 @@ def train(
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.", min=1)] = 400,
     batch: Annotated[int, typer.Option("--batch", help="Contexts whose gradients are in memory at once.", min=1)] = 4,
     accumulate: Annotated[int, typer.Option("--accumulate", help="Batches per optimiser step.", min=1)] = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of weights and adapters.")] = 5e-4,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", help="Of weights and adapters. Default: 5e-4, with full the paper's 5e-6."),
+    ] = None,
     link_learning_rate: Annotated[float, typer.Option("--link-learning-rate", help="Of the links.")] = 5e-3,
     lora_rank: Annotated[
         int | None,
@@ -117,8 +125,9 @@ def train(
     """Train link tokens for a model, and with --trainable reader, lora or full what reads them."""
     from kvlink_rag.adapters import plain_rank
     from kvlink_rag.questions import read_examples, read_passages
-    from kvlink_rag.training.export import begun_with, export_saved, started_from
+    from kvlink_rag.training.export import begun_with, check_out, export_saved, has_begun, started_from
     from kvlink_rag.training.learner import OVER_STORED
+    from kvlink_rag.training.processes import is_first, num_processes, own_device
     from kvlink_rag.training.start import check_start
     from kvlink_rag.training.study import studied
     from kvlink_rag.training.train import train as run_training
@@ -131,6 +140,14 @@ def train(
         language_model, _ = loaded_model(model, dtype, device, links=_links(started_from(out)))
         _say(export_saved(language_model, out), model, out, as_json)
         return
+    check_out(out, resume)
+    device = own_device(device)
+    if store is not None and num_processes() > 1:
+        raise BadInput(
+            f"--store asks its questions in one process, not in {num_processes()}; begin a run of one, stop it, and "
+            f"give what it asked, {out / 'run' / 'questions.jsonl'}, as --data to a run in another folder"
+        )
+    dtype = "float32" if trainable == "full" and dtype == "auto" else dtype
     start = started_from(out) if resume and start_from is None else _start(start_from, model)
     settings = TrainSettings(
         trainable=trainable,
@@ -178,10 +195,11 @@ def train(
             loaded(store, model, embedder, must_exist=True, links=_links(start), dtype=dtype, device=device) as rag,
             progress_bar() as progress,
         ):
-            examples["store"] = studied(rag, out / "run" / "questions.jsonl", questions, seed, progress)
+            kept = out / "run" / "questions.jsonl"
+            examples["store"] = studied(rag, kept, questions, seed, progress, resume=resume)
             language_model = rag.model
     try:
-        with training_bar() as report:
+        with training_bar(shown=is_first()) as report:
             about = run_training(
                 language_model,
                 examples,
@@ -195,8 +213,10 @@ def train(
                 report=report,
             )
     except KeyboardInterrupt:
-        raise KVLinkError(f"stopped; give the same command with --resume to go on with {out}") from None
-    _say(about, model, out, as_json)
+        how = f"with --resume to go on with {out}" if has_begun(out) else "again: nothing was trained yet"
+        raise KVLinkError(f"stopped; give the same command {how}") from None
+    if is_first():
+        _say(about, model, out, as_json)
 
 
 def _start(name: str | None, model: str) -> Checkpoint | None:

@@ -39,6 +39,15 @@ class Job:
         if self._cancelled.is_set():
             raise Cancelled
 
+    def checked(self, progress: Callable[..., None]) -> Callable[..., None]:
+        """`progress`, which then also ends the work once nobody waits for it."""
+
+        def report(*figures: Any) -> None:
+            self.check()
+            progress(*figures)
+
+        return report
+
     @property
     def is_cancelled(self) -> bool:
         return self._cancelled.is_set()

@@ -36,19 +36,19 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def training_bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def training_bar(*, shown: bool = True) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Steps, loss, tokens per second and time left, on stderr; a line now and then where that is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=notes, disable=not (shown and notes.is_terminal), transient=True) as bar:
         task = bar.add_task("training", total=None, figures="")
 
         def report(at: Mapping[str, Any]) -> None:
             minutes = at["seconds_left"] / 60
             figures = f"loss {at['loss']:.3f}, {at['tokens_per_s']:,.0f} tokens/s, {minutes:.0f} min left"
             bar.update(task, completed=at["step"], total=at["steps"], figures=figures)
-            if not notes.is_terminal and (at["step"] % 20 == 0 or at["step"] == at["steps"]):
+            if shown and not notes.is_terminal and (at["step"] % 20 == 0 or at["step"] == at["steps"]):
                 notes.print(f"step {at['step']} of {at['steps']}: {figures}")
 
         yield report

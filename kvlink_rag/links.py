@@ -3,7 +3,7 @@
 K trained embeddings behind each chunk let documents see each other (KVLink, arXiv 2502.16002). A checkpoint is a
 folder:
 
-    kvlink.json          what it was trained for and how, and what was measured
+    kvlink.json          what it was trained for and how
     link.safetensors     links [slots, K, hidden]; optionally soft_tokens [S, hidden]
     reader/ or adapter/  optionally a PEFT adapter: for all that is computed at question time, or for documents too
 
@@ -203,7 +203,7 @@ class LinkTokens:
             if name in self.about and self.about[name] != getattr(recipe, name):
                 raise CheckpointMismatch(
                     f"the links of {self.name} were trained with another {name.replace('_', ' ')}; leave that as it "
-                    f"is, train links anew, or load without trained ones: links={UNTRAINED!r}"
+                    f"is, train links for it (`training.train.train`), or load without: links={UNTRAINED!r}"
                 )
 
     @classmethod

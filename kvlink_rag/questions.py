@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield where, json.loads(line)
                 except ValueError as error:
                     raise BadInput(f"{where}: no JSON ({error})") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:  # the last two: a .gz that was cut off
         raise BadInput(f"{path} cannot be read: {error}") from error
 
 
@@ -74,7 +75,9 @@ def read_examples(
             gold = frozenset(place for place, item in enumerate(row["documents"]) if item.get("is_gold"))
             wanted = SUMMARY if row.get("dataset") in _SUMMARIES else ANSWER
             is_whole = not row.get("is_cut", False)
-            examples.append(Example(row["question"], accepted(row["answers"]), tuple(found), gold, wanted, is_whole))
+            examples.append(
+                Example(_text(row, "question"), accepted(row["answers"]), tuple(found), gold, wanted, is_whole)
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{where}: not an example with question, answers and documents ({error!r})") from error
     return examples
@@ -92,15 +95,27 @@ def read_passages(paths: Iterable[Path]) -> dict[str, Document]:
     for path in paths:
         for where, row in json_lines(path):
             try:
-                passages[row["id"]] = Document(row["text"], title=row.get("title"))
-            except (KeyError, TypeError) as error:
+                passages[row["id"]] = _with_title(row)
+            except (KeyError, TypeError, AttributeError) as error:
                 raise BadInput(f"{where}: not a passage with id and text ({error!r})") from error
     return passages
 
 
 def _document(item: dict[str, Any], passages: Mapping[str, Document], where: str) -> Document:
     if "passage" not in item:
-        return Document(item["text"], title=item.get("title"))
+        return _with_title(item)
     if item["passage"] not in passages:
         raise BadInput(f"{where}: passage {item['passage']!r} is in none of the passage files; give its file too")
     return passages[item["passage"]]
+
+
+def _with_title(item: dict[str, Any]) -> Document:
+    return Document(_text(item, "text"), title=None if item.get("title") is None else _text(item, "title"))
+
+
+def _text(item: Mapping[str, Any], name: str) -> str:
+    """Raises KeyError, and TypeError for what is no text."""
+    text = item[name]
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a text, not {text!r}")
+    return text

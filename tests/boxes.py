@@ -29,14 +29,16 @@ def settings(**changes):
     return TrainSettings(**{"steps": 20, "batch": 2, "slots": 2, "num_link_tokens": 2, **rates, **changes})
 
 
-def run(base, out, *, data=None, resume=False, report=lambda figures: None, **changes):
+def run(base, out, *, data=None, dtype="float32", resume=False, report=lambda figures: None, **changes):
     """Train on the boxes; the losses by step."""
+    given = {"encoding_prefix": changes.pop("encoding_prefix")} if "encoding_prefix" in changes else {}
     about = train(
-        LanguageModel.load(base, dtype="float32"),
+        LanguageModel.load(base, dtype=dtype),
         {"boxes": examples() if data is None else data},
         out,
         settings(**changes),
         resume=resume,
         report=report,
+        **given,
     )
     return {entry["step"]: entry["loss"] for entry in about["log"]}

@@ -34,6 +34,7 @@ LAYERS = [
         "questions",
         "training.layout",
         "training.objectives",
+        "training.processes",
         "evaluation.scores",
     ],
     [

@@ -285,7 +285,8 @@ def test_train_writes_a_checkpoint_and_says_how_to_use_it(kvlink, tmp_path):
 def test_train_goes_on_from_a_checkpoint(kvlink, tmp_path):
     """With as many links and slots as it has, unless told otherwise."""
     base, data, first = tiny_folder(tmp_path), tmp_path / "data.jsonl", tmp_path / "first"
-    row = {"question": "Where?", "answers": ["here"], "documents": [{"text": "It is here.", "is_gold": True}]}
+    documents = [{"text": f"It is {place}."} for place in ("there", "here", "nowhere")]
+    row = {"question": "Where?", "answers": ["here"], "documents": documents}
     data.write_text(json.dumps(row) + "\n", "utf-8")
     options = ("train", "--data", data, "--model", base, "--steps", 1, "--batch", 1, "--min-docs", 1)
     code, _, _ = kvlink(*options, "--num-link-tokens", 2, "--slots", 3, "--out", first)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from kvlink_rag.evaluation.paired import differences, paired_table
+import pytest
+
+from kvlink_rag.evaluation.paired import differences, paired_table, question_of
 from kvlink_rag.evaluation.scores import interval, interval_of_means
 
 
@@ -63,11 +65,29 @@ def test_on_the_same_questions_a_small_difference_shows_that_means_alone_would_h
 
 
 def test_the_interval_of_several_means_resamples_each_set_within_itself():
-    assert interval_of_means([[0.0] * 500, [1.0]]) == (0.5, 0.5)
-    assert interval_of_means([[], [2.0, 2.0]]) == (2.0, 2.0)
-    low, high = interval_of_means([[0.0, 1.0] * 50, [0.0, 1.0] * 50])
-    alone = interval([0.0, 1.0] * 50)
+    assert interval_of_means([dict.fromkeys(range(500), 0.0), {"other": 1.0}]) == (0.5, 0.5)
+    assert interval_of_means([{}, {0: 2.0, 1: 2.0}]) == (2.0, 2.0)
+    values = dict(enumerate([0.0, 1.0] * 50))
+    low, high = interval_of_means([values, {f"other {number}": value for number, value in values.items()}])
+    alone = interval(list(values.values()))
     assert low < 0.5 < high and high - low < 0.8 * (alone[1] - alone[0])
+
+
+def test_a_file_in_several_orders_is_resampled_by_question():
+    """Asked ten times, a question is no surer than asked once."""
+    once = {0: 0.0, 1: 1.0, 2: 0.0, 3: 1.0, 4: 1.0}
+    alone = interval_of_means([once])
+    assert interval_of_means([once] * 10) == pytest.approx(alone)
+    assert interval_of_means([once, {0: 0.0, 1: 1.0}]) != pytest.approx(alone)
+    names = [
+        "a.jsonl",
+        "a.jsonl gold@3",
+        "a.jsonl shuffled seed 2",
+        "a.jsonl 5 documents",
+        "a.jsonl gold@1 2 documents",
+    ]
+    assert {question_of({"data": name, "number": 7}) for name in names} == {("a.jsonl", 7)}
+    assert question_of({"data": "my gold.jsonl", "number": 7}) == ("my gold.jsonl", 7)
 
 
 def test_the_table_says_points_and_nats():

@@ -16,10 +16,15 @@ def test_the_model_asks_about_what_the_store_holds(tmp_path, loaded_once):
         with pytest.raises(BadInput, match="holds no documents"):
             study(rag, 2)
         rag.add(excerpt("lighthouse.md", tmp_path, 1, 2, 4))
-        examples = studied(rag, tmp_path / "run" / "questions.jsonl", 2, 0, lambda stage, done, total: None)
+        examples = studied(
+            rag, tmp_path / "run" / "questions.jsonl", 2, 0, lambda stage, done, total: None, resume=False
+        )
     assert 1 <= len(examples) <= 2
     assert len({example.question for example in examples}) == len(examples)
     for example in examples:
         assert example.question.endswith("?") and example.answers[0]
         assert len(example.documents) <= 3 and len(example.gold) == 1
-    assert studied(None, tmp_path / "run" / "questions.jsonl", 2, 0, lambda *_: None) == examples
+    kept = tmp_path / "run" / "questions.jsonl"
+    assert studied(None, kept, 2, 0, lambda *_: None, resume=True) == examples
+    with pytest.raises(AttributeError):  # asked anew: what lies there may be of another store
+        studied(None, kept, 2, 0, lambda *_: None, resume=False)

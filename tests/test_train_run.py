@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-import json
-import random
-
 import pytest
 import torch
 from boxes import COLOURS, examples, run, settings
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from kvlink_rag import KVLinkEngine, LanguageModel
-from kvlink_rag.chunking import chunk_text
-from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput, CheckpointMismatch, Diverged
-from kvlink_rag.questions import Example, read_examples, read_passages
+from kvlink_rag.links import Checkpoint, LinkTokens
+from kvlink_rag.questions import Example
 from kvlink_rag.training import objectives
-from kvlink_rag.training.lessons import draw, make_lessons
-from kvlink_rag.training.steps import Pool, Steps, StepSettings
-from kvlink_rag.types import Document
+from kvlink_rag.training.trainer import TrainSettings
+
+
+def has_learnt(losses):
+    return sum(losses[step] for step in range(17, 21)) < 0.95 * sum(losses[step] for step in range(1, 5))
 
 
 @pytest.mark.parametrize("trainable", ["links", "reader", "lora", "full"])
 def test_twenty_steps_lower_the_loss(trainable, base, tmp_path):
     losses = run(base, tmp_path / "out", trainable=trainable)
     assert len(losses) == 20
-    assert sum(losses[step] for step in range(17, 21)) < 0.95 * sum(losses[step] for step in range(1, 5))
+    assert has_learnt(losses)
+
+
+@pytest.mark.parametrize("trainable", ["links", "reader", "lora"])
+def test_twenty_steps_in_bfloat16_do_too(trainable, base, tmp_path):
+    assert has_learnt(run(base, tmp_path / "out", trainable=trainable, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(("trainable", "dtype"), [("full", "bfloat16"), ("reader", "float16")])
+def test_a_dtype_that_rounds_steps_away_is_refused(trainable, dtype, base, tmp_path):
+    with pytest.raises(BadInput, match=rf"is in {dtype}.*load it in float32"):
+        run(base, tmp_path / "out", trainable=trainable, dtype=dtype)
+
+
+def test_the_whole_model_learns_at_the_paper_s_rate_unless_told_otherwise():
+    assert [TrainSettings(trainable=each).learning_rate for each in ("reader", "full")] == [5e-4, 5e-6]
 
 
 def test_a_run_keeps_what_it_saved_last_and_before_and_no_more(base, tmp_path):
@@ -44,7 +60,7 @@ def test_plain_instructions_are_learnt_beside_questions(trainable, base, tmp_pat
     """The paper's mixture: over documents alone a model would forget the rest."""
     plain = [Example(f"Say {colour}.", (colour,), ()) for colour in COLOURS]
     losses = run(base, tmp_path / "out", trainable=trainable, data=plain + examples(4), causal_share=0.5)
-    assert sum(losses[step] for step in range(17, 21)) < 0.95 * sum(losses[step] for step in range(1, 5))
+    assert has_learnt(losses)
 
 
 @pytest.mark.parametrize("trainable", ["links", "reader"])
@@ -80,10 +96,9 @@ def test_weights_that_are_no_numbers_are_not_saved(changes, base, tmp_path, monk
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("objective", ["distill", "mixed"])
-def test_a_teacher_s_words_can_be_learnt(objective, base, tmp_path):
-    losses = run(base, tmp_path / "out", trainable="reader", objective=objective)
-    assert losses[20] < losses[1]
+@pytest.mark.parametrize(("trainable", "objective"), [("links", "distill"), ("reader", "distill"), ("reader", "mixed")])
+def test_a_teacher_s_words_can_be_learnt(trainable, objective, base, tmp_path):
+    assert has_learnt(run(base, tmp_path / "out", trainable=trainable, objective=objective))
 
 
 def test_the_same_seed_gives_the_same_curve(base, tmp_path):
@@ -94,10 +109,10 @@ def test_the_same_seed_gives_the_same_curve(base, tmp_path):
 
 def test_batches_that_are_accumulated_learn_what_one_of_their_size_learns(base, tmp_path):
     """One context in memory at a time, the same curve."""
-    at_once = run(base, tmp_path / "a", steps=6, batch=4, max_turns=1)
-    in_turn = run(base, tmp_path / "b", steps=6, batch=1, accumulate=4, max_turns=1)
+    at_once = run(base, tmp_path / "a", steps=6, batch=4)
+    in_turn = run(base, tmp_path / "b", steps=6, batch=1, accumulate=4)
     assert in_turn == pytest.approx(at_once, rel=1e-3)
-    assert run(base, tmp_path / "c", steps=6, batch=1, max_turns=1) != pytest.approx(at_once, rel=1e-3)
+    assert run(base, tmp_path / "c", steps=6, batch=1) != pytest.approx(at_once, rel=1e-3)
 
 
 def test_a_stopped_run_goes_on_where_it_stood(base, tmp_path):
@@ -121,6 +136,46 @@ def test_a_stopped_run_goes_on_where_it_stood(base, tmp_path):
     assert steps == [6, 7, 8]
     assert told[0] == resumed[4]  # the last that was known
     assert {step: resumed[step] for step in steps} == pytest.approx({step: whole[step] for step in steps}, rel=0.01)
+
+
+def test_progress_tells_tokens_and_time(base, tmp_path):
+    """Rates are of all tokens run so far, and what is left shrinks to nothing."""
+    told = []
+    run(base, tmp_path / "out", steps=4, report=told.append)
+    assert [figures["step"] for figures in told] == [1, 2, 3, 4]
+    assert all(figures["steps"] == 4 and figures["tokens_per_s"] > 0 for figures in told)
+    assert told[-1]["seconds_left"] == 0 < told[0]["seconds_left"]
+
+
+def test_slots_that_no_context_reaches_are_left_out(base, tmp_path, caplog):
+    """Boxes come in threes: five more slots would be served untrained to late documents."""
+    run(base, tmp_path / "out", trainable="links", slots=8, steps=6)
+    assert Checkpoint.open(tmp_path / "out").shape == (3, 2)
+    assert "reached slots 4 to 8" in caplog.text
+    loaded = LinkTokens.load(tmp_path / "out", LanguageModel.load(base, dtype="float32"))
+    newline = LinkTokens.untrained(LanguageModel.load(base, dtype="float32"), 2).embeddings[0]
+    assert all(not torch.equal(loaded.for_chunk(place), newline) for place in range(12))
+
+
+def test_what_is_refused_occupies_no_folder(base, tmp_path, monkeypatch):
+    """The same folder may be given again, with what was told."""
+    monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
+    with pytest.raises(BadInput, match="gradient checkpointing"):
+        run(base, tmp_path / "out", trainable="lora", steps=1, gradient_checkpointing=True)
+    run(base, tmp_path / "out", trainable="lora", steps=1)
+
+
+def test_links_may_be_trained_for_another_encoding_prefix(base, tmp_path):
+    """And serve no other."""
+    run(base, tmp_path / "ckpt", trainable="links", steps=1, encoding_prefix="Look:")
+    with KVLinkEngine.load(
+        base, tmp_path / "store", links=tmp_path / "ckpt", encoding_prefix="Look:", dtype="float32"
+    ) as engine:
+        assert engine.ask("Box 1?", documents=["Box 1: red."], max_new_tokens=2).text
+    with pytest.raises(CheckpointMismatch, match="another encoding prefix"):
+        KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "ckpt", dtype="float32")
+    with pytest.raises(BadInput, match="encoding_prefix"):
+        run(base, tmp_path / "ckpt", trainable="links", steps=1, resume=True)
 
 
 def test_only_the_same_run_is_resumed(base, tmp_path):
@@ -185,17 +240,33 @@ def test_full_training_exports_a_model_of_its_own(base, tmp_path):
     run(base, tmp_path / "ckpt", trainable="full", steps=2)
     model = tmp_path / "ckpt" / "model"
     with KVLinkEngine.load(model, tmp_path / "store", links=tmp_path / "ckpt", dtype="float32") as trained:
-        assert trained.ask("Box 1?", documents=["Box 1: red."], max_new_tokens=2).text is not None
+        assert trained.ask("Box 1?", documents=["Box 1: red."], max_new_tokens=2).sources
+    whole, begun = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, base))
+    saved = load_file(sorted((tmp_path / "ckpt" / "run" / "trainer").glob("*"))[-1] / "trained.safetensors")
+    learnt = {name.removeprefix("hf."): tensor for name, tensor in saved.items() if name.startswith("hf.")}
+    assert learnt.keys() == dict(whole.named_parameters()).keys()
+    for name, tensor in whole.named_parameters():
+        assert torch.equal(tensor, learnt[name]) and not torch.equal(tensor, begun.get_parameter(name))
     with pytest.raises(CheckpointMismatch, match="trained for"):
         KVLinkEngine.load(base, tmp_path / "store", links=tmp_path / "ckpt", dtype="float32")
+
+
+def test_a_loaded_adapter_is_what_was_trained(base, tmp_path):
+    """For documents too: it is merged into the model, which reads all by it."""
+    run(base, tmp_path / "ckpt", trainable="lora")
+    loaded = LanguageModel.load(base, adapter=tmp_path / "ckpt" / "adapter", dtype="float32")
+    begun = AutoModelForCausalLM.from_pretrained(base)
+    unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ckpt" / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        assert (loaded.hf(ids).logits - unmerged(ids).logits).abs().max() < 1e-4
+        assert (loaded.hf(ids).logits - begun(ids).logits).abs().max() > 1e-2
+    assert loaded.reader is loaded.hf
 
 
 def test_a_loaded_reader_is_what_was_trained(base, tmp_path):
     """The adapter is shipped in bfloat16; nothing else is lost between the learner and the loaded model."""
     run(base, tmp_path / "ckpt", trainable="reader")
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     loaded = LanguageModel.load(base, reader=tmp_path / "ckpt" / "reader", dtype="float32")
     unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ckpt" / "reader")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -214,6 +285,9 @@ def test_a_loaded_reader_is_what_was_trained(base, tmp_path):
         ({"trainable": "links", "num_link_tokens": 0}, "nothing to train"),
         ({"min_docs": 5, "max_docs": 2}, "in order"),
         ({"steps": 0}, "at least 1"),
+        ({"learning_rate": -1e-3}, "learning_rate must be a positive number, got -0.001"),
+        ({"link_learning_rate": float("nan")}, "link_learning_rate must be a positive number"),
+        ({"save_minutes": -1}, "save_minutes must not be negative"),
         ({"trainable": "reader", "gradient_checkpointing": True}, "for 'lora' and 'full'"),
     ],
 )
@@ -225,101 +299,3 @@ def test_settings_that_make_no_sense_are_refused(changes, words):
 def test_no_example_is_said(base, tmp_path):
     with pytest.raises(BadInput, match="no example"):
         run(base, tmp_path / "out", data=[])
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "no JSON"),
-        ('{"question": "q", "answers": ["a"]}', "not an example"),
-        ('{"question": "q", "answers": ["a"], "documents": [{"passage": "p-9"}]}', "passage 'p-9'"),
-        ('["q"]', "not an example"),
-        ('{"question": "q", "answers": "Paris", "documents": []}', "answers must be a list of texts, not 'Paris'"),
-    ],
-)
-def test_a_bad_line_is_named(line, words, tmp_path):
-    good = json.dumps({"question": "q", "answers": ["a"], "documents": [{"text": "t"}]})
-    path = tmp_path / "data.jsonl"
-    path.write_text(f"{good}\n{line}\n", "utf-8")
-    with pytest.raises(BadInput, match=words) as error:
-        read_examples(path)
-    assert f"{path}:2" in str(error.value)
-
-
-def test_documents_may_be_named_instead_of_repeated(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"id": "p-1", "title": "T", "text": "text"}\n', "utf-8")
-    row = {"question": "q", "answers": ["a"], "documents": [{"passage": "p-1", "is_gold": True}]}
-    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    found = read_examples(tmp_path / "d.jsonl", None, read_passages([tmp_path / "p.jsonl"]))
-    assert found == [Example("q", ("a",), (Document("text", title="T"),), frozenset({0}))]
-
-
-def test_questions_are_shared_only_where_their_documents_are_all_there():
-    documents = [Document(text) for text in ("one", "two", "three")]
-    one = Example("1?", ("1",), tuple(documents[:2]), frozenset({0}))
-    both = Example("1 and 2?", ("12",), tuple(documents[:2]), frozenset({0, 1}))
-    three = Example("3?", ("3",), tuple(documents), frozenset({2}))
-    unknown = Example("what?", ("x",), tuple(documents), frozenset())
-    lessons = make_lessons([one, both, three, unknown], max_turns=9)
-    asked = [{item.question for item in lesson.asked} for lesson in lessons]
-    assert asked == [{"1?", "1 and 2?"}] * 2 + [{"1?", "1 and 2?", "3?"}, {"1?", "1 and 2?", "3?", "what?"}]
-    assert [len(lesson.asked) for lesson in make_lessons([one, both, three], max_turns=2)] == [2, 2, 2]
-    assert lessons[3].asked[0].question == "what?"
-
-
-def test_documents_beyond_the_limit_go_but_for_those_that_a_question_needs(tiny):
-    documents = tuple(Document(f"text {number} " + "word " * 20) for number in range(6))
-    (lesson,) = make_lessons([Example("5?", ("five",), documents, frozenset({4}))], max_turns=1)
-    encoder = Encoder(tiny)
-    ids = [encoder.token_ids(chunk_text(document.text, None)) for document in documents]
-    settings = StepSettings(
-        num_links=1,
-        num_slots=1,
-        min_documents=1,
-        max_documents=6,
-        max_tokens=3 * len(ids[0]),
-        causal_share=0.0,
-        with_teacher=False,
-    )
-    step = Steps([Pool([lesson], 1.0)], encoder, settings, size=1, seed=0).step(lesson)
-    assert list(step.chunk_ids) == [ids[place] for place in (0, 1, 4)]
-
-
-def test_an_answer_that_was_cut_off_is_not_taught_to_end_there(tiny):
-    encoder = Encoder(tiny)
-    settings = StepSettings(
-        num_links=1,
-        num_slots=1,
-        min_documents=1,
-        max_documents=1,
-        max_tokens=999,
-        causal_share=0.0,
-        with_teacher=False,
-    )
-    learnt = []
-    for is_whole in (True, False):
-        example = Example("?", ("nine",), (Document("At nine."),), frozenset({0}), is_whole=is_whole)
-        lessons = make_lessons([example], max_turns=1)
-        layout = Steps([Pool(lessons, 1.0)], encoder, settings, size=1, seed=0).step(lessons[0]).linked
-        learnt.append(layout.ids.tolist())
-    whole, cut = learnt
-    assert whole[: len(cut)] == cut and 0 < len(whole) - len(cut) <= 2
-
-
-def test_a_drawn_lesson_keeps_what_its_questions_need():
-    """Numbers of documents vary evenly between the bounds, and their order too."""
-    documents = tuple(Document(f"text {number}") for number in range(8))
-    lessons = make_lessons(
-        [Example(f"{number}?", (str(number),), documents, frozenset({number})) for number in range(8)], max_turns=8
-    )
-    counts, firsts = set(), set()
-    for seed in range(200):
-        drawn = draw(lessons[3], random.Random(seed), min_documents=2, max_documents=5)
-        texts = {document.text for document in drawn.documents}
-        assert all(item.needs <= texts for item in drawn.asked)
-        assert "3?" in {item.question for item in drawn.asked}
-        assert len(drawn.asked) == len(texts)
-        counts.add(len(texts))
-        firsts.add(drawn.documents[0].text)
-    assert counts == {2, 3, 4, 5}
-    assert len(firsts) == 8

@@ -67,7 +67,7 @@ def agreement(
 ) -> Agreement:
     """Over questions with their documents, on at most 16 tokens of each answer. Needs no labels."""
     examples = [Example(question, (), tuple(documents)) for question, documents in questions]
-    found = compute.run(lambda job: compare(engine.encoder, engine.links, examples, [linking], progress))
+    found = compute.run(lambda job: compare(engine.encoder, engine.links, examples, [linking], job.checked(progress)))
     return found[linking].agreement()
 
 

@@ -23,6 +23,7 @@ from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
 from kvlink_rag.evaluation.forced import Forcing, prompt_of
+from kvlink_rag.evaluation.paired import question_of
 from kvlink_rag.evaluation.scores import interval, interval_of_means, score, score_summary
 from kvlink_rag.generation import predict
 from kvlink_rag.kv import KV, StoredKV
@@ -112,6 +113,7 @@ class AnswerRun:
                         asked.append(one)
                 self._answer(arm, asked)
                 self._keep([row for one in asked for row in one.rows])
+                progress("examples", start, len(order))  # lets it be stopped
             progress("examples", start + len(some), len(order))
         self.rows = read_rows(self._path)  # with those of runs beside this one
 
@@ -338,8 +340,9 @@ def _over_all(arm: tuple[str, str], rows: Sequence[Row]) -> Row:
     total: Row = {"data": f"mean of {len(names)}", "links": arm[0], "linking": arm[1]}
     total |= {"examples": len(answered), "too_long": len(rows) - len(answered)}
     for metric in METRICS:
-        sets = [[row[metric] for row in answered if row["data"] == n and row.get(metric) is not None] for n in names]
+        valued = [row for row in answered if row.get(metric) is not None]
+        sets = [{question_of(row): row[metric] for row in valued if row["data"] == name} for name in names]
         if sets := [values for values in sets if values]:
-            total[metric] = round(sum(sum(values) / len(values) for values in sets) / len(sets), 6)
+            total[metric] = round(sum(sum(values.values()) / len(values) for values in sets) / len(sets), 6)
             total[f"{metric}_interval"] = [round(bound, 6) for bound in interval_of_means(sets)]
     return total

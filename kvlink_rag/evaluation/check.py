@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from kvlink_rag.compute import compute
+from kvlink_rag.compute import Job, compute
 from kvlink_rag.embedder import Embedder
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
@@ -163,10 +163,10 @@ def check(
     if not fitting:
         raise BadInput(f"all {len(examples)} questions with their documents are beyond {model.max_positions:,} tokens")
 
-    def quality() -> tuple[Exactness, dict[str, Closeness]]:
-        return exactness(encoder, links, fitting[0]), compare(encoder, links, fitting, linkings, progress)
+    def quality(job: Job) -> tuple[Exactness, dict[str, Closeness]]:
+        return exactness(encoder, links, fitting[0]), compare(encoder, links, fitting, linkings, job.checked(progress))
 
-    exact, found = compute.run(lambda job: quality())
+    exact, found = compute.run(quality)
     clocks = _clocks(model, links, precision, ["full", *linkings], lengths, repeats, progress)
     return Verdict(
         model=model.public_name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_data(source: str | Path, limit: int | None = None) -> list[Example]:
             for example in known.examples(record, path):
                 if len(found) == limit:
                     return found
-                found.append(example)
+                found.append(_of_texts(example))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise BadInput(f"{where}: not a record of {known.name} ({error!r})") from error
     return found
@@ -99,11 +100,22 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             whole = json.load(file)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # the last two: a .gz that was cut off
         raise BadInput(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(whole, list | dict):
+        raise BadInput(f"{path} holds no list of records, but {str(whole)[:60]!r}")
     records = whole if isinstance(whole, list) else whole.get("data") or whole.get("Data") or [whole]
     for number, record in enumerate(records, 1):
         yield f"{path}, record {number}", record
+
+
+def _of_texts(example: Example) -> Example:
+    """Raises TypeError where a question, an answer, or a document's text or title is none."""
+    titles = [document.title for document in example.documents if document.title is not None]
+    texts = [example.question, *example.answers, *titles, *(document.text for document in example.documents)]
+    if odd := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{odd[0]!r} is no text")
+    return example
 
 
 def _hotpotqa(record: Record, path: Path) -> Iterator[Example]:

@@ -27,7 +27,7 @@ def run_decode(
     model: LanguageModel, links: LinkTokens, context: int, repeats: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Tokens per second of both, interleaved, medians; peak memory above the loaded model, in bytes (Linux)."""
-    return compute.run(lambda job: _run(model, links, context, repeats, progress))
+    return compute.run(lambda job: _run(model, links, context, repeats, job.checked(progress)))
 
 
 def _run(

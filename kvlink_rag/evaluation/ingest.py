@@ -35,7 +35,7 @@ def run_ingest(
     model: LanguageModel, num_documents: int, words: int, repeats: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Add num_documents files of so many words each, again and again, each time to a new store."""
-    return compute.run(lambda job: _run(model, num_documents, words, repeats, progress))
+    return compute.run(lambda job: _run(model, num_documents, words, repeats, job.checked(progress)))
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -10,6 +11,7 @@ from kvlink_rag.evaluation.scores import interval_of_means
 
 Row = Mapping[str, Any]
 METRICS = (("accuracy", 100), ("f1", 100), ("rouge_l", 100), ("nll", 1))
+_ARRANGED = re.compile(r"( (gold@\d+|shuffled))?( \d+ documents)?( seed \d+)?$")  # as `kvlink eval` names a file
 MULTI_HOP = ("hotpot", "2wiki", "musique")  # files of answers that no single document holds; KVLink reports them apart
 
 
@@ -64,16 +66,21 @@ def _means(sets: Iterable[list[tuple[Row, Row]]]) -> Iterable[tuple[str, tuple[f
     sets = list(sets)
     for metric, _ in METRICS:
         values = [
-            [
-                first[metric] - second[metric]
+            {
+                question_of(first): first[metric] - second[metric]
                 for first, second in pairs
                 if None not in (first.get(metric), second.get(metric))
-            ]
+            }
             for pairs in sets
         ]
         if all(values):
-            mean = sum(sum(each) / len(each) for each in values) / len(values)
+            mean = sum(sum(each.values()) / len(each) for each in values) / len(values)
             yield metric, (round(mean, 6), *(round(bound, 6) for bound in interval_of_means(values)))
+
+
+def question_of(row: Row) -> tuple[str, int]:
+    """What a row asks, whatever the order and number of its documents: its file, and its number there."""
+    return _ARRANGED.sub("", row["data"]), row["number"]
 
 
 def _name(arm: tuple[str, str]) -> str:

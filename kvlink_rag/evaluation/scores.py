@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,17 +63,35 @@ def normalise(text: str) -> str:
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean; of paired differences where `values` are such."""
-    return interval_of_means([values], seed)
+    return interval_of_means([dict(enumerate(values))], seed)
 
 
-def interval_of_means(sets: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of several sets' means, each resampled within itself."""
-    samples = [np.asarray(values, dtype=np.float64) for values in sets if len(values)]
-    if not samples:
+def interval_of_means(sets: Sequence[Mapping[Any, float]], seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of several sets' means, of values by question.
+
+    Each set is resampled within itself; sets that hold the same questions (a file in several orders, or with several
+    numbers of documents) are resampled together, since their values are not independent.
+    """
+    families: list[list[Mapping[Any, float]]] = []
+    for values in filter(None, sets):
+        family = next((found for found in families if not found[0].keys().isdisjoint(values)), None)
+        if family is None:
+            families.append([values])
+        else:
+            family.append(values)
+    if not families:
         return 0.0, 0.0
     rng = np.random.default_rng(seed)
-    means = [sample[rng.integers(0, len(sample), (_RESAMPLES, len(sample)))].mean(axis=1) for sample in samples]
-    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+    means = []
+    for family in families:
+        questions = list(dict.fromkeys(question for values in family for question in values))
+        drawn = rng.integers(0, len(questions), (_RESAMPLES, len(questions)))
+        for values in family:
+            sample = np.array([values.get(question, 0.0) for question in questions], dtype=np.float64)
+            is_there = np.array([question in values for question in questions])
+            with np.errstate(invalid="ignore"):  # none of them drawn, which hardly ever happens
+                means.append(sample[drawn].sum(axis=1) / is_there[drawn].sum(axis=1))
+    low, high = np.nanpercentile(np.mean(means, axis=0), [2.5, 97.5])
     return float(low), float(high)
 
 

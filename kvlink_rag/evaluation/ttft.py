@@ -51,7 +51,7 @@ def run_ttft(
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
     """One row per context length (tokens of prefix, chunks, links and question together)."""
-    return compute.run(lambda job: _run(model, links, contexts, repeats, progress))
+    return compute.run(lambda job: _run(model, links, contexts, repeats, job.checked(progress)))
 
 
 def _run(

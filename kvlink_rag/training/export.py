@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,8 +22,25 @@ from kvlink_rag.training.learner import Learner
 from kvlink_rag.training.start import copy_checkpoint, make_learner
 from kvlink_rag.training.trainer import TrainSettings, load_last
 
+log = logging.getLogger(__name__)
+
 ABOUT = "about.json"  # in OUT/run: what the checkpoint will say besides step and log
 START = "start"  # in OUT/run: the checkpoint that the run starts from
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raise BadInput where `out` holds something else than is asked for, before anything is read or computed."""
+    if resume:
+        begun_with(out)
+    elif has_begun(out) or (out / "run" / "trainer").exists():
+        raise BadInput(f"{out} holds a run already; give --resume to go on with it, or choose another folder")
+    elif holds_parts(out):
+        raise BadInput(f"{out} holds a checkpoint already; choose another folder")
+
+
+def has_begun(out: Path) -> bool:
+    """Whether there is a run to be resumed."""
+    return (out / "run" / ABOUT).exists()
 
 
 def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint | None) -> None:
@@ -30,6 +48,7 @@ def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint |
 
     Resuming reads pickles of the library's, so it reads none but those of a run that this folder began.
     """
+    check_out(out, resume)
     run = out / "run"
     if resume:
         # an earlier version noted no digests: what is not known is taken to be the same
@@ -40,10 +59,6 @@ def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint |
                 f"same, or another folder"
             )
         return
-    if (run / ABOUT).exists() or (run / "trainer").exists():
-        raise BadInput(f"{out} holds a run already; give --resume to go on with it, or choose another folder")
-    if holds_parts(out):
-        raise BadInput(f"{out} holds a checkpoint already; choose another folder")
     run.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(run / START, ignore_errors=True)  # of a run that came no further
     if start:
@@ -54,11 +69,11 @@ def begin(out: Path, about: Mapping[str, Any], resume: bool, start: Checkpoint |
 def begun_with(out: Path) -> dict[str, Any]:
     """What the run in `out` trains, and on what, settings of later versions at their defaults. Raises BadInput."""
     path = out / "run" / ABOUT
-    if not path.exists():
+    if not has_begun(out):
         raise BadInput(f"{out} holds no run of this version; begin one, without --resume and --export")
     try:
         about: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return {"start": None, **about, "settings": asdict(TrainSettings(**about["settings"]))}
+        return {"start": None, "processes": 1, **about, "settings": asdict(TrainSettings(**about["settings"]))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} cannot be read ({error}); begin a run in another folder") from error
 
@@ -102,21 +117,21 @@ def export_saved(model: LanguageModel, out: str | Path) -> dict[str, Any]:
 
     def work(job: Job) -> dict[str, Any]:
         learner = make_learner(model, None, settings, started_from(out))
-        step, log, seconds = load_last(learner, out / "run" / "trainer")
+        step, curve, seconds = load_last(learner, out / "run" / "trainer")
         took = {} if seconds is None else {"seconds": round(seconds)}
-        return export(learner, out, {**about, **took}, step, log)
+        return export(learner, out, {**about, **took}, step, curve)
 
     return compute.run(work)
 
 
 def export(
-    learner: Learner, out: Path, about: Mapping[str, Any], step: int, log: Sequence[Mapping[str, Any]]
+    learner: Learner, out: Path, about: Mapping[str, Any], step: int, curve: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Write what was learnt up to a step as a checkpoint that `KVLinkRAG.load(links=...)` takes."""
     about = {
         **about,
         "step": step,
-        "log": [{key: row[key] for key in ("step", "loss")} for row in log if "loss" in row],
+        "log": [{key: row[key] for key in ("step", "loss")} for row in curve if "loss" in row],
     }
     if learner.trainable == "full":
         learner.hf.save_pretrained(out / "model")
@@ -136,6 +151,11 @@ def export(
         save_file(halved, weights, metadata={"format": "pt"})
     elif (start := started_from(out)) is not None:
         copy_checkpoint(start, out, only="reader/")  # which the links were learnt for
+    if learner.num_reached < learner.num_slots:
+        log.warning(
+            "no context has reached slots %d to %d: they are left out, and slot %d serves all further documents",
+            learner.num_reached + 1, learner.num_slots, learner.num_reached,
+        )  # fmt: skip
     learner.link_tokens(str(out)).save(out, learner.model, about)
     return dict(about)
 

@@ -9,6 +9,7 @@ through the model under KVLink's mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ class Step:
     linked: Layout
     teacher: Layout | None
 
+    @property
+    def weight(self) -> float:
+        """What its answers' mean loss counts: the square root of its number of turns.
+
+        By tokens alone, a context that a single question is asked of would hardly count beside one with twenty.
+        """
+        return math.sqrt(int(self.linked.turn.max()) + 1)
+
 
 class Learner(nn.Module):
     """Links [slots * K, hidden] and soft tokens [S, hidden] in float32, and the model with what of it is trained.
@@ -49,7 +58,7 @@ class Learner(nn.Module):
     trainable: "links" (and soft tokens, if there are some), "reader" (an adapter too, for all that is computed at
     question time), "lora" (one for documents as well) or "full" (all weights). lora: settings of a new adapter.
     reader: folder of the adapter in `model.reader`, to be trained further. gradient_checkpointing: keep no activation
-    inside a layer, and compute it again on the way back; not over stored KV.
+    inside a layer, and compute it again on the way back; not over stored KV. num_given: slots that came trained.
     """
 
     def __init__(
@@ -62,12 +71,15 @@ class Learner(nn.Module):
         lora: Any = None,
         reader: Path | None = None,
         gradient_checkpointing: bool = False,
+        num_given: int = 0,
     ):
         super().__init__()
         self.model, self.source, self.trainable = model, source, trainable
         self.num_slots, self.num_links = links.embeddings.shape[:2]
         self.num_tokens = 0  # run through the model so far, stored ones not counted
         self.links = nn.Parameter(links.embeddings.detach().float().flatten(0, 1).clone(), bool(self.num_links))
+        self._began = self.links.detach().cpu().clone()
+        self._num_given = num_given
         soft_tokens = self.links[:0] if links.soft_tokens is None else links.soft_tokens
         self.soft_tokens = nn.Parameter(soft_tokens.detach().float().clone(), bool(len(soft_tokens)))
         self.hf = model.hf
@@ -99,18 +111,31 @@ class Learner(nn.Module):
                 module.training = mode  # of the layer alone: what it checkpoints by, not what is inside it
         return self
 
+    @property
+    def num_reached(self) -> int:
+        """Slots up to the last that is trained: those that it began with of a checkpoint, or that a step has changed.
+
+        What no context reached would be served to late documents in place of the last slot that was trained.
+        """
+        if not self.num_links:
+            return self.num_slots
+        changed = (self.links.detach().cpu() != self._began).any(1).view(self.num_slots, -1).any(1)
+        return int(max(self._num_given, 1, *(changed.nonzero()[:, 0] + 1).tolist()))
+
     def link_tokens(self, name: str) -> LinkTokens:
-        """Links and soft tokens as they stand."""
+        """Links, in slots that are trained, and soft tokens as they stand."""
         links, soft_tokens = (trained.detach().to(self.model.dtype) for trained in (self.links, self.soft_tokens))
-        embeddings = links.view(self.num_slots, self.num_links, self.model.hidden_size)
+        embeddings = links.view(self.num_slots, self.num_links, self.model.hidden_size)[: self.num_reached]
         return LinkTokens(embeddings, name, soft_tokens=soft_tokens if len(soft_tokens) else None)
 
-    def forward(self, steps: Sequence[Step], objective: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """The mean loss of an answer token, each step weighing as the square root of its number of turns.
+    def forward(
+        self, steps: Sequence[Step], objective: Callable[..., Tensor], weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The mean loss of an answer token, each step by its weight; weight: by which the sum is divided, else theirs.
 
-        By tokens alone, a context that a single question is asked of would hardly count beside one with twenty.
+        So the losses of several batches add up to the mean over all of them.
         """
-        losses, weights = [], []
+        losses = []
         for step in steps:
             places = (step.linked.predicts >= 0).nonzero()[:, 0]
             logits = self.logits(step, step.linked, places)
@@ -121,9 +146,9 @@ class Learner(nn.Module):
                     places = (step.teacher.predicts >= 0).nonzero()[:, 0]
                     teacher = self.logits(step, step.teacher, places, by_teacher=True)
             loss = objective(logits.float(), expected, None if teacher is None else teacher.float())
-            weights.append((int(step.linked.turn.max()) + 1) ** 0.5)
-            losses.append(loss / len(expected) * weights[-1])
-        return {"loss": torch.stack(losses).sum() / sum(weights)}
+            losses.append(loss / len(expected) * step.weight)
+        total = sum(step.weight for step in steps) if weight is None else weight
+        return {"loss": torch.stack(losses).sum() / total}
 
     def logits(self, step: Step, layout: Layout, places: Tensor, *, by_teacher: bool = False) -> Tensor:
         """Logits [places, vocabulary] at `places` of the layout, as they are learnt or by the teacher."""

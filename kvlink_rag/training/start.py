@@ -89,6 +89,7 @@ def make_learner(
         lora=lora,
         reader=reader,
         gradient_checkpointing=settings.gradient_checkpointing,
+        num_given=start.shape[0] if start else 0,
     )
 
 

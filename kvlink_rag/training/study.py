@@ -53,6 +53,8 @@ def study(
         documents = tuple(Document(item) for item in found)
         for question in questions:
             answer = rag.ask(question, documents=documents, linking="full", max_new_tokens=max_new_tokens)
+            if not answer.text:
+                continue
             gold, is_whole = frozenset({found.index(text)}), answer.finish_reason != "length"
             examples.append(Example(question, (answer.text,), documents, gold, is_whole=is_whole))
             progress("questions", len(examples), num_questions)
@@ -62,10 +64,16 @@ def study(
 
 
 def studied(
-    rag: KVLinkRAG, path: Path, num_questions: int, seed: int, progress: Callable[[str, int, int], None]
+    rag: KVLinkRAG,
+    path: Path,
+    num_questions: int,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+    *,
+    resume: bool,
 ) -> list[Example]:
     """`study`, kept in a question file: a run that is resumed learns from the same questions."""
-    if not path.exists():
+    if not (resume and path.exists()):
         examples = study(rag, num_questions, seed=seed, progress=progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(_line(example) for example in examples), "utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -16,6 +17,7 @@ import torch
 from kvlink_rag.compute import Job, compute
 from kvlink_rag.config import GIB
 from kvlink_rag.encoding import Encoder
+from kvlink_rag.encoding_prefix import DEFAULT_ENCODING_PREFIX
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.links import Checkpoint
@@ -23,9 +25,10 @@ from kvlink_rag.model import LanguageModel
 from kvlink_rag.questions import Example
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
-from kvlink_rag.training.export import base, begin, data_digest, export
+from kvlink_rag.training.export import base, begin, check_out, data_digest, export
 from kvlink_rag.training.learner import OVER_STORED
 from kvlink_rag.training.lessons import asked_of, make_lessons
+from kvlink_rag.training.processes import is_first, join_in, num_processes, wait_for_all
 from kvlink_rag.training.start import check_start, initial_links, make_learner, provenance
 from kvlink_rag.training.steps import Pool, Room, Steps, StepSettings
 from kvlink_rag.training.trainer import Report, TrainSettings, run
@@ -44,6 +47,7 @@ def train(
     resume: bool = False,
     kv_folder: str | Path | None = None,
     kv_gib: float = 10.0,
+    encoding_prefix: str = DEFAULT_ENCODING_PREFIX,
     report: Report = lambda figures: None,
 ) -> dict[str, Any]:
     """Train links for `model`, with an adapter if the settings say so, and write the checkpoint to `out`.
@@ -53,11 +57,16 @@ def train(
     them. start: folder or hub id of a checkpoint to go on from, with its links, and its reader, with which `model`
     must be loaded; the model as it is given is the teacher of "distill" and "mixed". What resuming needs is kept in
     `out`/run. kv_folder keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too.
-    The model is changed and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says.
-    Raises BadInput.
+    encoding_prefix: what documents are read behind, as `KVLinkRAG.load` of the same is to serve them. The model is
+    changed and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says. Several
+    processes (`processes`) call it alike. Raises BadInput.
     """
     settings, out = settings or TrainSettings(), Path(out)
     weights = weights or {}
+    check_out(out, resume)
+    _check_dtype(model, settings)
+    if bad := [name for name, weight in weights.items() if not 0 < weight < math.inf]:
+        raise BadInput(f"the weight of {bad[0]} must be a positive number, got {weights[bad[0]]}")
     unknown = sorted(set(weights) - set(data))
     if unknown or not any(data.values()):
         raise BadInput(f"weights for unknown data: {', '.join(unknown)}" if unknown else "the data hold no example")
@@ -74,23 +83,51 @@ def train(
                 f"{name}: example {nameless[0]} has no answer to learn along; give one, or let the model ask and "
                 f"answer about your own documents (kvlink train --store, or training.study)"
             )
+        if silent := [number for number, each in enumerate(examples, 1) if not each.answers[0] and not each.is_whole]:
+            raise BadInput(
+                f"{name}: example {silent[0]} has an empty answer that was cut off: nothing to learn; leave it out"
+            )
     checkpoint = None if start is None else Checkpoint.open(start)
     if checkpoint:
         check_start(checkpoint, settings)
     folder = Path(kv_folder) if kv_folder is not None else out / "run" / "kv"
 
     def work(job: Job) -> dict[str, Any]:
-        def checked(figures: Mapping[str, Any]) -> None:
-            job.check()
-            report(figures)
-
-        return _train(model, data, out, settings, weights, checkpoint, resume, folder, int(kv_gib * GIB), checked, job)
+        links = initial_links(model, settings, checkpoint)
+        encoder = Encoder(model, soft_tokens=links.soft_tokens, encoding_prefix=encoding_prefix)
+        if checkpoint:
+            links.check_recipe(encoder.recipe)
+        return _train(
+            encoder,
+            data,
+            out,
+            settings,
+            weights,
+            checkpoint,
+            resume,
+            folder,
+            int(kv_gib * GIB),
+            job.checked(report),
+            job,
+        )
 
     return compute.run(work)
 
 
+def _check_dtype(model: LanguageModel, settings: TrainSettings) -> None:
+    """Raise BadInput where steps would be lost by rounding."""
+    if model.dtype == torch.float32 or (model.dtype == torch.bfloat16 and settings.trainable != "full"):
+        return
+    has = str(model.dtype).removeprefix("torch.")
+    good = "float32" if settings.trainable == "full" else "float32 or bfloat16"
+    raise BadInput(
+        f"{model.name} is in {has}, in which what trainable {settings.trainable!r} learns in a step is rounded away; "
+        f"load it in {good} (--dtype)"
+    )
+
+
 def _train(
-    model: LanguageModel,
+    encoder: Encoder,
     data: Mapping[str, Sequence[Example]],
     out: Path,
     settings: TrainSettings,
@@ -103,8 +140,8 @@ def _train(
     job: Job,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    links = initial_links(model, settings, start)
-    encoder = Encoder(model, soft_tokens=links.soft_tokens)
+    model = encoder.model
+    join_in(model.device)
     step_settings = StepSettings(
         num_links=settings.num_link_tokens,
         num_slots=settings.slots,
@@ -121,9 +158,8 @@ def _train(
         for name, examples in fitting.items()
         if examples
     ]
-    steps = Steps(
-        pools, encoder, step_settings, size=settings.steps * settings.batch * settings.accumulate, seed=settings.seed
-    )
+    size = settings.steps * settings.batch * settings.accumulate * num_processes()
+    steps = Steps(pools, encoder, step_settings, size=size, seed=settings.seed)
     about = {
         **base(model),
         "trainable": settings.trainable,
@@ -134,21 +170,25 @@ def _train(
         "left_out": {name: num for name, found in fitting.items() if (num := len(data[name]) - len(found))},
         "weights": dict(weights),
         "settings": asdict(settings),
+        "processes": num_processes(),
         "start": provenance(start) if start else None,
     }
-    if start:
-        links.check_recipe(encoder.recipe)
-    begin(out, about, resume, start)
     torch.manual_seed(settings.seed)
     with closing(DiskStore(kv_folder, max_bytes=kv_bytes)) as entries:
         # under a name of its own: encoded in any company, so never to be served
         kvs = KVStore(entries, hashlib.sha256(f"training {encoder.fingerprint}".encode()).hexdigest(), model.kv_shape)
-        learner = make_learner(model, KVSource(encoder, kvs), settings, start)
+        learner = make_learner(model, KVSource(encoder, kvs), settings, start)  # what it refuses occupies no folder
+        if resume or is_first():
+            begin(out, about, resume, start)
+        wait_for_all()
         curve, seconds = run(
             learner, steps, settings, out / "run" / "trainer", started=started, resume=resume, report=report
         )
     took = {} if seconds is None else {"seconds": round(seconds)}
-    return export(learner, out, {**about, **took}, settings.steps, curve)
+    if is_first():
+        export(learner, out, {**about, **took}, settings.steps, curve)
+    wait_for_all()
+    return dict(Checkpoint.open(out).about)
 
 
 def _fitting(data: Mapping[str, Sequence[Example]], room: Room, job: Job) -> dict[str, list[Example]]:

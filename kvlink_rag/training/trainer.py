@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from kvlink_rag.compute import Cancelled
 from kvlink_rag.errors import BadInput, Diverged
 from kvlink_rag.training.learner import OVER_STORED, TOKENS, TRAINABLE, Learner, Step
 from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
+from kvlink_rag.training.processes import any_of, num_processes
 from kvlink_rag.training.steps import Steps
 
 TRAINED = "trained.safetensors"
@@ -45,7 +47,7 @@ class TrainSettings:
     steps: int = 400
     batch: int = 4  # contexts whose gradients are in memory at once
     accumulate: int = 1  # batches per step
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None  # of weights and adapters; None: 5e-4, with "full" the paper's 5e-6
     link_learning_rate: float = 5e-3
     warmup: float = 0.05
     lora_rank: int = 16  # of an adapter that starts from nothing
@@ -71,6 +73,13 @@ class TrainSettings:
             )
         if not 1 <= self.min_docs <= self.max_docs:
             raise BadInput(f"min_docs {self.min_docs} and max_docs {self.max_docs} must be positive and in order")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 5e-6 if self.trainable == "full" else 5e-4)
+        for name in ("learning_rate", "link_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(f"{name} must be a positive number, got {getattr(self, name)}")
+        if not self.save_minutes >= 0:
+            raise BadInput(f"save_minutes must not be negative, got {self.save_minutes}")
         for name in ("steps", "batch", "accumulate", "slots", "max_turns", "lora_rank", "max_tokens"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -99,7 +108,7 @@ def run(
     folder keeps what resuming needs. started: time.monotonic() when this session began. The seconds are those of all
     sessions, None where an earlier version did not count those of the first. Raises Diverged.
     """
-    device = learner.model.device.type
+    device = learner.model.device
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -119,9 +128,15 @@ def run(
         disable_tqdm=True,
         log_level="error",
         seed=settings.seed,
-        use_cpu=device == "cpu",
+        use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several one, else the library would run copies of the learner
+    if (device.type, device.index or 0) != (arguments.device.type, arguments.device.index or 0):
+        raise BadInput(
+            f"the model is on {device}, and the library trains on {arguments.device}; choose a GPU by "
+            f"CUDA_VISIBLE_DEVICES, or several by torchrun"
+        )
     trainer = _Trainer(
         model=learner,
         args=arguments,
@@ -147,16 +162,23 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """The library's, saving and loading only what is trained, in safetensors."""
 
     objective: Any = None
+    loss_is_scaled_for_ga = True  # over all of a step's batches: by their weights, in `get_batch_samples`
     seconds: Callable[[], float | None]  # that the run has taken so far
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        outputs = model(inputs["steps"], self.objective)
+        outputs = model(inputs["steps"], self.objective, kwargs["num_items_in_batch"])
         if not torch.isfinite(outputs["loss"]):  # the library would log over it and go on with broken weights
             raise Diverged(
                 f"the loss of step {self.state.global_step + 1} is {outputs['loss'].item()}: nothing is learnt any "
                 f"more; {_AFTER_DIVERGING}"
             )
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """A step's batches, and the weight of all its contexts as a process's share, by which each loss is divided."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        weight = torch.tensor(sum(step.weight for batch in batches for step in batch["steps"]), device=device)
+        return batches, self.accelerator.gather(weight).float().mean()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs
@@ -221,16 +243,22 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         now = time.monotonic()
         done = state.global_step - self._first
         elapsed = now - self._started
-        self._report(
-            {
-                "step": state.global_step,
-                "steps": state.max_steps,
-                "loss": self._loss,
-                "tokens_per_s": model.num_tokens / elapsed,
-                "seconds_left": (state.max_steps - state.global_step) * elapsed / max(done, 1),
-            }
-        )
-        if now - self._saved >= self._settings.save_minutes * 60 or state.global_step == state.max_steps:
+        figures = {
+            "step": state.global_step,
+            "steps": state.max_steps,
+            "loss": self._loss,
+            "tokens_per_s": model.num_tokens * num_processes() / elapsed,
+            "seconds_left": (state.max_steps - state.global_step) * elapsed / max(done, 1),
+        }
+        stopped = None
+        try:
+            self._report(figures)
+        except (KeyboardInterrupt, Cancelled) as error:
+            stopped = error
+        if any_of(stopped is not None):  # all of them after the same step, or one would wait for the others
+            raise stopped or Cancelled
+        due = any_of(now - self._saved >= self._settings.save_minutes * 60)
+        if due or state.global_step == state.max_steps:
             control.should_save, self._saved = True, now
 
 
