@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
+import signal
+import threading
 
 import pytest
 
@@ -13,12 +14,16 @@ from kvlink_rag.evaluation.agreement import agreement
 MANY = 10_000_000
 
 
+def press_ctrl_c():
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
 def test_work_that_reports_ends_when_its_caller_is_interrupted():
     done = []
 
     def work(job):
         report = job.checked(lambda stage, number, total: done.append(number))
-        _thread.interrupt_main()
+        press_ctrl_c()
         for number in range(MANY):
             report("steps", number, MANY)
 
@@ -35,7 +40,7 @@ def test_what_is_measured_can_be_stopped(base, tmp_path):
     def progress(stage, number, total):
         done.append(number)
         if len(done) == 1:
-            _thread.interrupt_main()
+            press_ctrl_c()
 
     with KVLinkEngine.load(base, tmp_path / "store", dtype="float32") as engine:
         with pytest.raises(KeyboardInterrupt):
