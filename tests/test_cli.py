@@ -173,7 +173,7 @@ def test_questions_to_nobodys_documents_are_told_so(kvlink, store, tmp_path):
     assert list(json.loads(kvlink("store", "stats", "--store", store, "--json")[1])["namespaces"]) == ["public"]
     open_folder(tmp_path / "empty")
     code, _, err = kvlink("ask", "Why?", "--store", tmp_path / "empty", "--max-new-tokens", 1)
-    assert code == 0 and "holds no documents" in err
+    assert code == 0 and "holds no documents" in err.replace("\n", "")
     assert kvlink("store", "list", "--store", tmp_path / "empty")[1] == ""
 
 
@@ -276,6 +276,7 @@ def test_train_writes_a_checkpoint_and_says_how_to_use_it(kvlink, tmp_path):
     assert "step 2 of 2" in err and (out / "link.safetensors").exists()
     code, _, err = kvlink("train", "--data", data, *options)
     assert code == 1 and "--resume" in err
+    options = (*options[:-1], tmp_path / "other")
     code, _, err = kvlink("train", *options)
     assert code == 1 and "--data" in err and "--store" in err
     code, _, err = kvlink("train", "--data", f"{data}=much", *options)

@@ -187,10 +187,14 @@ def test_a_run_does_not_go_on_from_answers_that_were_made_otherwise(tiny, with_r
     rows = run(tiny)
     halved = LanguageModel(build("llama").hf.to(torch.bfloat16), byte_tokenizer())
     trained = LanguageModel(with_reader.hf, byte_tokenizer(), reader=with_reader.reader, reader_adapter="its digest")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "friend")
+    told_otherwise = LanguageModel(tiny.hf, tokenizer)
     others = [
         (lambda: run(halved), "with made_by float32, .* would be bfloat16, "),
         (lambda: run(halved, "more"), "with made_by float32, .* would be bfloat16, "),  # means over sets would mix them
         (lambda: run(trained), "with made_by float32, weights"),
+        (lambda: run(told_otherwise), r"prompt \w+; of this run it would be .*prompt"),
         (lambda: run(tiny, max_new_tokens=3), "with at_most 2; of this run it would be 3"),
         (lambda: run(tiny, examples=EXAMPLES[::-1]), "number 0, with asked "),
     ]

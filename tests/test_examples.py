@@ -42,8 +42,10 @@ def test_a_one_line_swap_answers_from_stored_kv(name, run, loaded_once):
 
 def test_links_are_trained_on_a_store_without_labels(run):
     """One question and one step: enough to see every stage run, not to learn anything."""
-    said = re.findall(r"(before|after) +same word as full prefill \d+\.\d%, KL \d", run("train_links", "1", "1", "1"))
-    assert said == ["before", "after"]
+    out = run("train_links", "1", "1", "1")
+    said = re.findall(r"(before|after|recompute_first) +same word as full prefill \d+\.\d%, KL \d", out)
+    assert said == ["before", "after", "recompute_first"]
+    assert re.search(r"after - before +[+-].*% to [+-].*%, KL [+-]0\.\d+ to [+-]0\.\d+ \(95 %", out)
 
 
 @pytest.mark.parametrize(

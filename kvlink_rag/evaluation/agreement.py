@@ -53,6 +53,11 @@ class Closeness:
     divergence: list[float] = field(default_factory=list)
     gap: list[float] = field(default_factory=list)
 
+    def by_example(self) -> list[tuple[float, float]]:
+        """Of each example: the part of the tokens at which both agree, and the KL, nats a token."""
+        each = zip(self.same, self.divergence, self.tokens, strict=True)
+        return [(same / tokens, divergence / tokens) for same, divergence, tokens in each]
+
     def agreement(self) -> Agreement:
         """Over all examples."""
         num_tokens = sum(self.tokens)
@@ -66,9 +71,18 @@ def agreement(
     progress: Progress = lambda stage, done, total: None,
 ) -> Agreement:
     """Over questions with their documents, on at most 16 tokens of each answer. Needs no labels."""
+    return closeness(engine, questions, [linking], progress)[linking].agreement()
+
+
+def closeness(
+    engine: KVLinkEngine,
+    questions: Sequence[tuple[str, Sequence[Document]]],
+    linkings: Sequence[str],
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Closeness]:
+    """`agreement` of several linkings, question by question."""
     examples = [Example(question, (), tuple(documents)) for question, documents in questions]
-    found = compute.run(lambda job: compare(engine.encoder, engine.links, examples, [linking], job.checked(progress)))
-    return found[linking].agreement()
+    return compute.run(lambda job: compare(engine.encoder, engine.links, examples, linkings, job.checked(progress)))
 
 
 def compare(

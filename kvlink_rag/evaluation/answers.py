@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from kvlink_rag.config import GenerationSettings
+from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
 from kvlink_rag.context import Context
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput
@@ -31,7 +31,7 @@ from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens, checkpoint_digest
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
-from kvlink_rag.prompt import stop_ids
+from kvlink_rag.prompt import build_prompt, stop_ids
 from kvlink_rag.questions import SUMMARY, Example
 from kvlink_rag.rows import RowDecoder
 
@@ -58,7 +58,17 @@ class Arm:
         self.label = label if precision == "model" else f"{label}, {precision}"
         self.reads_as = replace(self.encoder.recipe, storage_dtype="any").fingerprint  # the same for all precisions
         dtype, weights = str(model.dtype).removeprefix("torch."), model.origin or model.weights
-        self.made_by = f"{dtype}, weights {weights[:8]}, checkpoint {checkpoint_digest(model, links)[:8]}"
+        checkpoint = checkpoint_digest(model, links)
+        self.made_by = (
+            f"{dtype}, weights {weights[:8]}, checkpoint {checkpoint[:8]}, prompt {self._prompt_digest()[:8]}"
+        )
+
+    def _prompt_digest(self) -> str:
+        """Over what decides a prompt besides question and documents: tokenizer, templates, prefixes, positions; hex."""
+        recipe, message = self.encoder.recipe, {"role": "user", "content": "?"}
+        scaffold = build_prompt(self.model.tokenizer, [message], [], system=DEFAULT_SYSTEM).ids
+        told = (recipe.config, recipe.tokenizer, recipe.chunk_template, recipe.encoding_prefix, scaffold)
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 class AnswerRun:
