@@ -61,6 +61,8 @@ class Learner(nn.Module):
     inside a layer, and compute it again on the way back; not over stored KV. num_given: slots that came trained.
     """
 
+    accepts_loss_kwargs = True  # tells the library's Trainer that a loss is divided for all of a step's batches here
+
     def __init__(
         self,
         model: LanguageModel,

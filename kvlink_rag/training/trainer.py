@@ -130,6 +130,8 @@ def run(
         seed=settings.seed,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
+        # a context without links, or without documents, leaves them unused
+        ddp_find_unused_parameters=settings.causal_share > 0 or settings.trainable not in OVER_STORED,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # of several one, else the library would run copies of the learner
     if (device.type, device.index or 0) != (arguments.device.type, arguments.device.index or 0):
@@ -162,7 +164,6 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """The library's, saving and loading only what is trained, in safetensors."""
 
     objective: Any = None
-    loss_is_scaled_for_ga = True  # over all of a step's batches: by their weights, in `get_batch_samples`
     seconds: Callable[[], float | None]  # that the run has taken so far
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
