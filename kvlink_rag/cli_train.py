@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,6 +131,7 @@ def train(
     from kvlink_rag.training.processes import is_first, num_processes, own_device
     from kvlink_rag.training.start import check_start
     from kvlink_rag.training.study import studied
+    from kvlink_rag.training.train import check_dtype
     from kvlink_rag.training.train import train as run_training
     from kvlink_rag.training.trainer import TrainSettings
 
@@ -147,7 +149,8 @@ def train(
             f"--store asks its questions in one process, not in {num_processes()}; begin a run of one, stop it, and "
             f"give what it asked, {out / 'run' / 'questions.jsonl'}, as --data to a run in another folder"
         )
-    dtype = "float32" if trainable == "full" and dtype == "auto" else dtype
+    if dtype == "auto" and (resume or trainable == "full"):
+        dtype = begun_with(out)["dtype"] if resume else "float32"
     start = started_from(out) if resume and start_from is None else _start(start_from, model)
     settings = TrainSettings(
         trainable=trainable,
@@ -195,6 +198,8 @@ def train(
             loaded(store, model, embedder, must_exist=True, links=_links(start), dtype=dtype, device=device) as rag,
             progress_bar() as progress,
         ):
+            if not resume:
+                check_dtype(rag.model, settings)  # before questions are asked that nothing is learnt from
             kept = out / "run" / "questions.jsonl"
             examples["store"] = studied(rag, kept, questions, seed, progress, resume=resume)
             language_model = rag.model
@@ -255,9 +260,12 @@ def _file_and_weight(given: str) -> tuple[Path, float]:
     if not equals or Path(given).exists():
         return Path(given), 1.0
     try:
-        return Path(name), float(weight)
+        found = float(weight)
     except ValueError:
-        raise BadInput(f"--data takes FILE or FILE=WEIGHT, got {given!r}") from None
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise BadInput(f"--data takes FILE or FILE=WEIGHT, a positive number, got {given!r}")
+    return Path(name), found
 
 
 def _say(about: dict[str, Any], model: str, out: Path, as_json: bool) -> None:

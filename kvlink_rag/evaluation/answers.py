@@ -31,7 +31,7 @@ from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens, checkpoint_digest
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.packing import Precision
-from kvlink_rag.prompt import build_prompt, stop_ids
+from kvlink_rag.prompt import stop_ids
 from kvlink_rag.questions import SUMMARY, Example
 from kvlink_rag.rows import RowDecoder
 
@@ -64,10 +64,12 @@ class Arm:
         )
 
     def _prompt_digest(self) -> str:
-        """Over what decides a prompt besides question and documents: tokenizer, templates, prefixes, positions; hex."""
-        recipe, message = self.encoder.recipe, {"role": "user", "content": "?"}
-        scaffold = build_prompt(self.model.tokenizer, [message], [], system=DEFAULT_SYSTEM).ids
-        told = (recipe.config, recipe.tokenizer, recipe.chunk_template, recipe.encoding_prefix, scaffold)
+        """Over what decides a prompt besides question and documents: tokenizer, templates, prefixes, positions; hex.
+
+        Not over a prompt as it is rendered: some templates tell the day.
+        """
+        recipe, chat = self.encoder.recipe, self.model.tokenizer.hf.chat_template
+        told = (recipe.config, recipe.tokenizer, recipe.chunk_template, recipe.encoding_prefix, chat, DEFAULT_SYSTEM)
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
 

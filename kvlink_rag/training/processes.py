@@ -8,10 +8,13 @@ writes: the run's folder, what is saved, the checkpoint, and what a person sees.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 
 from kvlink_rag.errors import BadInput
+
+_PATIENCE = timedelta(hours=2)  # while the first process writes a checkpoint, the others wait
 
 
 def num_processes() -> int:
@@ -24,19 +27,38 @@ def is_first() -> bool:
 
 def own_device(device: str) -> str:
     """Where this process loads its model: of several GPUs each takes its own. Raises BadInput for one named for all."""
-    if num_processes() == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if num_processes() == 1:
         return device
-    if device not in ("auto", "cuda"):
-        raise BadInput(f"{num_processes()} processes cannot all train on {device}; leave --device out")
-    return f"cuda:{os.environ['LOCAL_RANK']}"
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadInput(f"{num_processes()} processes cannot all train on {device}; leave the device out")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    here = int(os.environ["LOCAL_RANK"])
+    if here >= torch.cuda.device_count():
+        raise BadInput(
+            f"{num_processes()} processes and {torch.cuda.device_count()} GPUs; start one process for each GPU"
+        )
+    return f"cuda:{here}"
 
 
 def join_in(device: torch.device) -> None:
-    """Meet the other processes, if there are some; before the first `wait_for_all`."""
-    if num_processes() > 1:
-        from accelerate import PartialState
+    """Meet the other processes, if there are some. Raises BadInput where the model is not where this one trains."""
+    if num_processes() == 1:
+        if device.type == "cuda" and device.index:
+            raise BadInput(
+                f"the model is on {device}, and one process trains on cuda:0; choose a GPU by CUDA_VISIBLE_DEVICES"
+            )
+        return
+    own = device if device.type == "cpu" else torch.device(own_device("cuda"))
+    if (device.type, device.index or 0) != (own.type, own.index or 0):
+        raise BadInput(
+            f"the model is on {device}, and of {num_processes()} processes this one trains on {own}; load it there: "
+            f"LanguageModel.load(..., device=training.processes.own_device('auto'))"
+        )
+    from accelerate import PartialState
 
-        PartialState(cpu=device.type == "cpu")
+    PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+    wait_for_all()  # so that none looks at a folder in which another has begun already
 
 
 def wait_for_all() -> None:

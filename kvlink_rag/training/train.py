@@ -59,12 +59,13 @@ def train(
     `out`/run. kv_folder keeps the documents' KV between epochs and runs, up to kv_gib; by default in `out`/run too.
     encoding_prefix: what documents are read behind, as `KVLinkRAG.load` of the same is to serve them. The model is
     changed and must not be used afterwards: load it with the checkpoint. Returns what `kvlink.json` says. Several
-    processes (`processes`) call it alike. Raises BadInput.
+    processes call it alike, each with a model on its `processes.own_device`. Raises BadInput.
     """
     settings, out = settings or TrainSettings(), Path(out)
     weights = weights or {}
     check_out(out, resume)
-    _check_dtype(model, settings)
+    if not resume:
+        check_dtype(model, settings)
     if bad := [name for name, weight in weights.items() if not 0 < weight < math.inf]:
         raise BadInput(f"the weight of {bad[0]} must be a positive number, got {weights[bad[0]]}")
     unknown = sorted(set(weights) - set(data))
@@ -114,7 +115,7 @@ def train(
     return compute.run(work)
 
 
-def _check_dtype(model: LanguageModel, settings: TrainSettings) -> None:
+def check_dtype(model: LanguageModel, settings: TrainSettings) -> None:
     """Raise BadInput where steps would be lost by rounding."""
     if model.dtype == torch.float32 or (model.dtype == torch.bfloat16 and settings.trainable != "full"):
         return

@@ -19,7 +19,7 @@ from kvlink_rag.compute import Cancelled
 from kvlink_rag.errors import BadInput, Diverged
 from kvlink_rag.training.learner import OVER_STORED, TOKENS, TRAINABLE, Learner, Step
 from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
-from kvlink_rag.training.processes import any_of, num_processes
+from kvlink_rag.training.processes import any_of, num_processes, wait_for_all
 from kvlink_rag.training.steps import Steps
 
 TRAINED = "trained.safetensors"
@@ -76,8 +76,8 @@ class TrainSettings:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 5e-6 if self.trainable == "full" else 5e-4)
         for name in ("learning_rate", "link_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise BadInput(f"{name} must be a positive number, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"{name} must be a number, and not negative, got {getattr(self, name)}")
         if not self.save_minutes >= 0:
             raise BadInput(f"save_minutes must not be negative, got {self.save_minutes}")
         for name in ("steps", "batch", "accumulate", "slots", "max_turns", "lora_rank", "max_tokens"):
@@ -130,15 +130,10 @@ def run(
         seed=settings.seed,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
-        # a context without links, or without documents, leaves them unused
-        ddp_find_unused_parameters=settings.causal_share > 0 or settings.trainable not in OVER_STORED,
+        # a context without links leaves them unused; an adapter may lie on layers that read no text
+        ddp_find_unused_parameters=settings.trainable != "links",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # of several one, else the library would run copies of the learner
-    if (device.type, device.index or 0) != (arguments.device.type, arguments.device.index or 0):
-        raise BadInput(
-            f"the model is on {device}, and the library trains on {arguments.device}; choose a GPU by "
-            f"CUDA_VISIBLE_DEVICES, or several by torchrun"
-        )
     trainer = _Trainer(
         model=learner,
         args=arguments,
@@ -156,6 +151,7 @@ def run(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except (KeyboardInterrupt, Cancelled):
         trainer._save_checkpoint(learner, trial=None)
+        wait_for_all()  # or torchrun, when one has ended, ends the first while it saves
         raise
     return list(trainer.state.log_history), trainer.seconds()
 
@@ -257,7 +253,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         except (KeyboardInterrupt, Cancelled) as error:
             stopped = error
         if any_of(stopped is not None):  # all of them after the same step, or one would wait for the others
-            raise stopped or Cancelled
+            raise stopped or KeyboardInterrupt
         due = any_of(now - self._saved >= self._settings.save_minutes * 60)
         if due or state.global_step == state.max_steps:
             control.should_save, self._saved = True, now
