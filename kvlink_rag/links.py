@@ -3,7 +3,7 @@
 K trained embeddings behind each chunk let documents see each other (KVLink, arXiv 2502.16002). A checkpoint is a
 folder:
 
-    kvlink.json          what it was trained for and how
+    kvlink.json          what it was trained for and how, and (of the shipped one) what was measured
     link.safetensors     links [slots, K, hidden]; optionally soft_tokens [S, hidden]
     reader/ or adapter/  optionally a PEFT adapter: for all that is computed at question time, or for documents too
 

@@ -23,6 +23,25 @@ def test_it_is_small_and_says_what_it_is():
         assert name.split(".")[0] in card
 
 
+def test_it_says_what_was_measured_and_its_card_says_the_same():
+    """Over all sets, as `kvlink eval` gives it; link tokens within two points of a full prefill by the same weights."""
+    checkpoint = Checkpoint.shipped_for(DEFAULT_MODEL)
+    evaluation = checkpoint.about["evaluation"]
+    means = {arm: found["mean"] for arm, found in evaluation["arms"].items()}
+    assert set(means) == {"full", "link_tokens", "plain", "control without links, plain", "untouched base, full"}
+    for found in evaluation["arms"].values():
+        assert found.keys() - {"mean"} == evaluation["questions"].keys()
+        for metric in ("accuracy", "exact_match", "f1", "nll"):
+            each = [found[name][metric][0] for name in evaluation["questions"]]
+            assert found["mean"][metric][0] == pytest.approx(sum(each) / len(each), abs=1e-4)
+            assert all(low <= mean <= high for mean, low, high in (of_set[metric] for of_set in found.values()))
+    assert abs(means["full"]["accuracy"][0] - means["link_tokens"]["accuracy"][0]) < 0.02
+    card = (checkpoint.folder / "README.md").read_text("utf-8")
+    assert f"{sum(evaluation['questions'].values()):,} questions of six sets" in card
+    for arm in ("full", "link_tokens", "control without links, plain", "untouched base, full"):
+        assert f"{100 * means[arm]['accuracy'][0]:.1f} %" in card
+
+
 def test_the_default_model_answers_with_it_unless_told_otherwise(tmp_path, loaded_once):
     """Same store, same KV; and without documents the answer is the untouched model's."""
     question = "What is the fog horn called?"

@@ -56,8 +56,9 @@ def copy_checkpoint(start: Checkpoint, folder: Path, *, only: str = "") -> None:
 
 
 def provenance(start: Checkpoint) -> dict[str, Any]:
-    """What a run that starts there says of it: all it says of itself but the curve."""
-    return {**{key: value for key, value in start.about.items() if key != "log"}, "files": start.digests}
+    """What a run that starts there says of it: all it says of itself but curve and evaluation."""
+    about = {key: value for key, value in start.about.items() if key not in ("log", "evaluation")}
+    return {**about, "files": start.digests}
 
 
 def make_learner(
