@@ -14,11 +14,15 @@ from kvlink_rag.evaluation.agreement import agreement
 MANY = 10_000_000
 
 
+@pytest.fixture
 def press_ctrl_c():
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    """Heeded also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
-def test_work_that_reports_ends_when_its_caller_is_interrupted():
+def test_work_that_reports_ends_when_its_caller_is_interrupted(press_ctrl_c):
     done = []
 
     def work(job):
@@ -33,7 +37,7 @@ def test_work_that_reports_ends_when_its_caller_is_interrupted():
     assert compute.run(lambda job: "the next") == "the next"
 
 
-def test_what_is_measured_can_be_stopped(base, tmp_path):
+def test_what_is_measured_can_be_stopped(base, tmp_path, press_ctrl_c):
     questions = [(f"What is in box {number}?", [Document(f"Box {number}: red.")]) for number in range(500)]
     done = []
 
