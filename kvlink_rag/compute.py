@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Emit = Callable[[T], None]
 _END = object()
+_GLANCE = 0.1  # seconds; a signal that comes just before a thread begins to wait does not wake it
 
 
 class Cancelled(BaseException):
@@ -66,7 +67,8 @@ class Job:
     def result(self) -> Any:
         """Wait for the work. A KeyboardInterrupt while waiting cancels it, and is raised when it has stopped."""
         try:
-            self._done.wait()
+            while not self._done.wait(_GLANCE):
+                pass
         except BaseException:
             self.cancel()
             raise
@@ -139,7 +141,7 @@ class ComputeThread:
         else:
             self._submit(job)
         try:
-            while (item := items.get()) is not _END:
+            while (item := _next(items)) is not _END:
                 yield item
             job.result()
         finally:
@@ -180,12 +182,22 @@ class ComputeThread:
             job.ask_to_stop()
 
     def _submit(self, job: Job) -> None:
-        with self._guard:
-            if self._thread is None or self._pid != os.getpid():
-                self._jobs, self._pid = queue.SimpleQueue(), os.getpid()
-                self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=self._name, daemon=True)
-                self._thread.start()
-            self._jobs.put(job)
+        try:
+            with self._guard:
+                if self._thread is None or self._pid != os.getpid():
+                    self._jobs, self._pid = queue.SimpleQueue(), os.getpid()
+                    self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=self._name, daemon=True)
+                    self._thread.start()
+                self._jobs.put(job)
+        except BaseException:  # interrupted: the job may have been put already
+            job.ask_to_stop()
+            raise
+
+
+def _next(items: queue.SimpleQueue[Any]) -> Any:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return items.get(timeout=_GLANCE)
 
 
 def _serve(jobs: queue.SimpleQueue[Job]) -> None:

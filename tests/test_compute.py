@@ -22,12 +22,16 @@ def press_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_work_that_reports_ends_when_its_caller_is_interrupted(press_ctrl_c):
+@pytest.mark.parametrize("woken", [True, False], ids=["it_waits", "it_is_about_to_wait"])
+def test_work_that_reports_ends_when_its_caller_is_interrupted(press_ctrl_c, woken):
     done = []
 
     def work(job):
         report = job.checked(lambda stage, number, total: done.append(number))
-        press_ctrl_c()
+        if woken:
+            press_ctrl_c()
+        else:  # taken here, the signal wakes the caller no more than one that comes just before it begins to wait
+            signal.raise_signal(signal.SIGINT)
         for number in range(MANY):
             report("steps", number, MANY)
 
@@ -35,6 +39,21 @@ def test_work_that_reports_ends_when_its_caller_is_interrupted(press_ctrl_c):
         compute.run(work)
     assert len(done) < MANY
     assert compute.run(lambda job: "the next") == "the next"
+
+
+def test_a_stream_that_has_emitted_nothing_yet_ends_when_its_reader_is_interrupted(press_ctrl_c):
+    done = []
+
+    def work(job, emit):
+        signal.raise_signal(signal.SIGINT)
+        for number in range(MANY):
+            job.check()
+            done.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(compute.stream(work))
+    assert compute.run(lambda job: "the next") == "the next"
+    assert len(done) < MANY
 
 
 def test_what_is_measured_can_be_stopped(base, tmp_path, press_ctrl_c):
