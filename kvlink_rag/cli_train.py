@@ -108,7 +108,7 @@ def train(
         typer.Option("--lora-rank", help="Rank of the adapter. Default: that of --start-from, else 16.", min=1),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time; with --trainable lora or full.")
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a little more time.")
     ] = False,
     limit: Annotated[int | None, typer.Option("--limit", help="Examples per file.", min=1)] = None,
     save_minutes: Annotated[float, typer.Option("--save-minutes", help="A crash loses no more than this.")] = 5.0,

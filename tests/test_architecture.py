@@ -35,6 +35,7 @@ LAYERS = [
         "training.layout",
         "training.objectives",
         "training.processes",
+        "training.recomputing",
         "evaluation.scores",
     ],
     [

@@ -14,6 +14,7 @@ from kvlink_rag.errors import BadInput, CheckpointMismatch, Diverged
 from kvlink_rag.links import Checkpoint, LinkTokens
 from kvlink_rag.questions import Example
 from kvlink_rag.training import objectives
+from kvlink_rag.training.learner import TRAINABLE
 from kvlink_rag.training.trainer import TrainSettings
 
 
@@ -70,10 +71,12 @@ def test_plain_instructions_are_refused_where_nothing_is_learnt_from_them(traina
         run(base, tmp_path / "out", trainable=trainable, data=data)
 
 
-@pytest.mark.parametrize("trainable", ["lora", "full"])
-def test_gradient_checkpointing_learns_the_same(trainable, base, tmp_path):
-    kept = run(base, tmp_path / "a", steps=4, trainable=trainable)
-    computed_again = run(base, tmp_path / "b", steps=4, trainable=trainable, gradient_checkpointing=True)
+@pytest.mark.parametrize("num_soft_tokens", [0, 3], ids=["", "soft_tokens"])
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_gradient_checkpointing_learns_the_same(trainable, num_soft_tokens, base, tmp_path):
+    changes = {"steps": 4, "trainable": trainable, "num_soft_tokens": num_soft_tokens, "objective": "mixed"}
+    kept = run(base, tmp_path / "a", **changes)
+    computed_again = run(base, tmp_path / "b", **changes, gradient_checkpointing=True)
     assert computed_again == pytest.approx(kept, rel=1e-4)
 
 
@@ -159,9 +162,10 @@ def test_slots_that_no_context_reaches_are_left_out(base, tmp_path, caplog):
 
 def test_what_is_refused_occupies_no_folder(base, tmp_path, monkeypatch):
     """The same folder may be given again, with what was told."""
-    monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
-    with pytest.raises(BadInput, match="gradient checkpointing"):
-        run(base, tmp_path / "out", trainable="lora", steps=1, gradient_checkpointing=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("kvlink_rag.training.recomputing.GradientCheckpointingLayer", torch.nn.Bilinear)
+        with pytest.raises(BadInput, match="gradient checkpointing"):
+            run(base, tmp_path / "out", trainable="lora", steps=1, gradient_checkpointing=True)
     run(base, tmp_path / "out", trainable="lora", steps=1)
 
 
@@ -288,7 +292,6 @@ def test_a_loaded_reader_is_what_was_trained(base, tmp_path):
         ({"learning_rate": -1e-3}, "learning_rate must be a number, and not negative, got -0.001"),
         ({"link_learning_rate": float("nan")}, "link_learning_rate must be a number, and not negative"),
         ({"save_minutes": -1}, "save_minutes must not be negative"),
-        ({"trainable": "reader", "gradient_checkpointing": True}, "for 'lora' and 'full'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from kvlink_rag.training.objectives import answers, distill
 
 TEXTS = ["The horn can be heard for miles.", "A ferry leaves at noon, and one at dusk.", "Sand."]
 QUESTIONS = [("How far?", "miles"), ("When does the ferry leave?", "at noon")]
-NUM_SLOTS, NUM_LINKS = 2, 3
+NUM_SLOTS, NUM_LINKS, NUM_SOFT = 2, 3, 4
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -53,7 +54,13 @@ def prompts(model, chunk_ids):
     ]
 
 
-def step_for(model, source, *, causal=False):
+def gradients(learner):
+    """Of all that is trained and reached by a step, by name."""
+    found = {name: each.grad for name, each in learner.named_parameters() if each.grad is not None and each.grad.any()}
+    return {name: gradient.clone() for name, gradient in found.items()}
+
+
+def step_for(model, source, *, causal=False, num_soft=0):
     """One context with both questions, answers ended by the end token."""
     chunk_ids = [source.token_ids(text) for text in TEXTS]
     asked = prompts(model, chunk_ids)
@@ -69,6 +76,7 @@ def step_for(model, source, *, causal=False):
         num_links=0 if causal else NUM_LINKS,
         num_slots=NUM_SLOTS,
         encoding_prefix=source.encoder.prefix_ids,
+        num_soft=num_soft,
         causal=causal,
     )
     return Step(prefix_ids, tuple(chunk_ids), layout, None)
@@ -130,24 +138,27 @@ def test_the_training_mask_is_the_oracle_s(model, source):
     assert (logits - expected[places]).abs().max() < 1e-4
 
 
-def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(model, source):
-    """For every family: what a layer computed is not kept for the way back."""
-    step, found = step_for(model, source), []
+@pytest.mark.parametrize("trainable", ["links", "full"])
+@pytest.mark.parametrize("num_soft", [0, NUM_SOFT], ids=["", "soft_tokens"])
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(model, source, trainable, num_soft):
+    """For every family, over stored KV and all at once: what a layer computed is not kept for the way back."""
+    links = random_links(model)
+    if num_soft:
+        links = replace(links, soft_tokens=torch.randn(num_soft, model.hidden_size) * 0.2)
+    step, found = step_for(model, source, num_soft=num_soft), []
     for checkpointing in (False, True):
-        learner = Learner(
-            model, source, random_links(model), trainable="full", gradient_checkpointing=checkpointing
-        ).train()
+        learner = Learner(model, source, links, trainable=trainable, gradient_checkpointing=checkpointing).train()
         kept: list[torch.Tensor] = []
         with saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda tensor: tensor):
             loss = learner([step], answers)["loss"]
         learner.hf.zero_grad()
         loss.backward()
-        weight = next(parameter for name, parameter in learner.hf.named_parameters() if "layers.0" in name)
-        found.append((sum(tensor.nbytes for tensor in kept), weight.grad.clone(), learner.links.grad.clone()))
-    (kept, weight, links), (kept_less, same_weight, same_links) = found
+        found.append((sum(tensor.nbytes for tensor in kept), gradients(learner)))
+    (kept, given), (kept_less, given_again) = found
     assert kept_less < kept / 2
-    assert (weight - same_weight).abs().max() < 1e-5 * weight.abs().max()
-    assert (links - same_links).abs().max() < 1e-5 * links.abs().max()
+    assert given.keys() == given_again.keys()
+    for name, gradient in given.items():
+        assert (gradient - given_again[name]).abs().max() < 1e-5 * gradient.abs().max(), name
 
 
 def test_a_model_is_its_own_teacher_where_nothing_is_linked(source, model):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvlink_rag.errors import BadInput
 from kvlink_rag.kv_source import KVSource
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.training.layout import Layout
+from kvlink_rag.training.recomputing import Filled, Given, layers_of, recomputing
 
 TRAINABLE = ("links", "reader", "lora", "full")
 OVER_STORED = ("links", "reader")  # the base reads documents: without soft tokens, from their stored KV
@@ -58,7 +58,7 @@ class Learner(nn.Module):
     trainable: "links" (and soft tokens, if there are some), "reader" (an adapter too, for all that is computed at
     question time), "lora" (one for documents as well) or "full" (all weights). lora: settings of a new adapter.
     reader: folder of the adapter in `model.reader`, to be trained further. gradient_checkpointing: keep no activation
-    inside a layer, and compute it again on the way back; not over stored KV. num_given: slots that came trained.
+    inside a layer, and compute it again on the way back. num_given: slots that came trained.
     """
 
     accepts_loss_kwargs = True  # tells the library's Trainer that a loss is divided for all of a step's batches here
@@ -98,19 +98,13 @@ class Learner(nn.Module):
                 self.peft.peft_config["default"].base_model_name_or_path = self.hf.name_or_path
         self.reads_stored_kv = trainable in OVER_STORED
         self._checkpointing = gradient_checkpointing
-        if gradient_checkpointing:
-            if not self.hf.supports_gradient_checkpointing:
-                raise BadInput(f"{model.name} cannot be trained with gradient checkpointing; leave it out")
-            enable = getattr(self.hf, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
-            (enable or self.hf.gradient_checkpointing_enable)({"use_reentrant": False})
+        if gradient_checkpointing and not layers_of(self.hf):
+            raise BadInput(f"{model.name} cannot be trained with gradient checkpointing; leave it out")
 
     def train(self, mode: bool = True) -> Learner:
         """The model itself stays as it answers: nothing is dropped at random."""
         super().train(mode)
         self.hf.eval()
-        for module in self.hf.modules():
-            if self._checkpointing and isinstance(module, GradientCheckpointingLayer):
-                module.training = mode  # of the layer alone: what it checkpoints by, not what is inside it
         return self
 
     @property
@@ -181,14 +175,15 @@ class Learner(nn.Module):
 
     def _run(self, layout: Layout, rows: Tensor, mask: Any, places: Tensor, cache: Cache | None, reader: Any) -> Tensor:
         device = self.model.device
-        output = reader(
-            inputs_embeds=self._embeds(layout, rows),
-            position_ids=layout.position[rows].to(device)[None],
-            attention_mask=mask,
-            use_cache=cache is not None,
-            logits_to_keep=places.to(device),
-            **{self.model.cache_argument: cache},
-        )
+        with self._recomputing(reader):
+            output = reader(
+                inputs_embeds=self._embeds(layout, rows),
+                position_ids=layout.position[rows].to(device)[None],
+                attention_mask=mask,
+                use_cache=cache is not None,
+                logits_to_keep=places.to(device),
+                **{self.model.cache_argument: cache},
+            )
         return output.logits[0]  # type: ignore[no-any-return]
 
     def _embeds(self, layout: Layout, rows: Tensor) -> Tensor:
@@ -211,17 +206,18 @@ class Learner(nn.Module):
         """Prefix and chunks as they stand under the mask, without what stands before a chunk for it alone."""
         if not self.soft_tokens.requires_grad:
             return self._placed(step, layout)
-        rows, cache = layout.stored.nonzero()[:, 0], DynamicCache()
+        rows, cache = layout.stored.nonzero()[:, 0], Cache(layer_class_to_replicate=Filled)
         position = layout.position[rows]
-        self.hf.base_model(
-            inputs_embeds=self._embeds(layout, rows),
-            position_ids=position.to(self.model.device)[None],
-            attention_mask=self._mask(layout.visible()[rows][:, rows], position[:, None] - position[None]),
-            use_cache=True,
-            **{self.model.cache_argument: cache},
-        )
+        with self._recomputing(self.hf, self._as_base):
+            self.hf.base_model(
+                inputs_embeds=self._embeds(layout, rows),
+                position_ids=position.to(self.model.device)[None],
+                attention_mask=self._mask(layout.visible()[rows][:, rows], position[:, None] - position[None]),
+                use_cache=True,
+                **{self.model.cache_argument: cache},
+            )
         shared = (~layout.private[rows]).nonzero()[:, 0].to(self.model.device)
-        return DynamicCache([(layer.keys[:, :, shared], layer.values[:, :, shared]) for layer in cache.layers])
+        return Cache([Given(layer.keys[:, :, shared], layer.values[:, :, shared]) for layer in cache.layers])
 
     def _placed(self, step: Step, layout: Layout) -> Cache:
         """Prefix and chunks at their positions, as `linking.link_tokens` places them."""
@@ -232,14 +228,17 @@ class Learner(nn.Module):
         positions = layout.position[layout.stored & ~layout.private].to(keys.device)
         turned = torch.empty_like(keys)
         self.model.rope.forth(positions).apply(keys, out=turned)
-        return DynamicCache([(turned[layer][None], values[layer][None]) for layer in range(len(keys))])
+        return Cache([Given(turned[layer][None], values[layer][None]) for layer in range(len(keys))])
 
     def _full_prefill(self, step: Step) -> Cache:
         """Prefix and chunks read in one go, as `linking.full` reads them."""
         cache = DynamicCache()
         ids = [*step.prefix_ids, *(token_id for chunk in step.chunk_ids for token_id in chunk)]
         self.model.read(torch.tensor([ids], device=self.model.device), cache)
-        return DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+        return Cache([Given(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+
+    def _recomputing(self, model: Any, again: Callable[[], Any] = nullcontext) -> AbstractContextManager[None]:
+        return recomputing(model, again) if self._checkpointing else nullcontext()
 
     @contextmanager
     def _as_base(self) -> Iterator[None]:

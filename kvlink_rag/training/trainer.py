@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from kvlink_rag.compute import Cancelled
 from kvlink_rag.errors import BadInput, Diverged
-from kvlink_rag.training.learner import OVER_STORED, TOKENS, TRAINABLE, Learner, Step
+from kvlink_rag.training.learner import TOKENS, TRAINABLE, Learner, Step
 from kvlink_rag.training.objectives import NEEDS_TEACHER, OBJECTIVES
 from kvlink_rag.training.processes import any_of, num_processes, wait_for_all
 from kvlink_rag.training.steps import Steps
@@ -65,11 +65,6 @@ class TrainSettings:
         if self.trainable == "links" and self.causal_share:
             raise BadInput(
                 "with trainable 'links' a context read by a full prefill teaches nothing; leave causal_share out"
-            )
-        if self.gradient_checkpointing and self.trainable in OVER_STORED:
-            raise BadInput(
-                f"gradient checkpointing is for 'lora' and 'full', not for {self.trainable!r}; a smaller batch, "
-                f"fewer max_turns or max_tokens need less memory there"
             )
         if not 1 <= self.min_docs <= self.max_docs:
             raise BadInput(f"min_docs {self.min_docs} and max_docs {self.max_docs} must be positive and in order")
