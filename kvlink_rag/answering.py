@@ -123,10 +123,10 @@ class AnswerMaker:
             is_next = not request.in_place and len(begun) < MAX_AHEAD and ids not in begun
             if is_next and linking.uses_stored_kv and request.reuse and self._source.is_stored(ids):
                 begun[ids] = self._source.begin(ids)
-        num_kept = self._num_fitting(request, given_ids, num_links)
-        prompt = request.prompt.with_chunks(given_ids[:num_kept])
+        kept = self._fitting(request, given_ids, num_links)
+        prompt = request.prompt.with_chunks([given_ids[place] for place in kept])
         before = sum(part.is_chunk for part in request.prompt.parts[: request.prompt.place])
-        hits = [*request.in_place[:before], *given[:num_kept], *request.in_place[before:]]
+        hits = [*request.in_place[:before], *(given[place] for place in kept), *request.in_place[before:]]
 
         loading, prefix_kv, has_prefix = None, None, False
         if linking.uses_stored_kv:
@@ -139,11 +139,11 @@ class AnswerMaker:
         read_s = loading.read_s if loading else {}
         is_reused = [loading is not None and loading.is_reused(ids) for ids in prompt.chunk_ids]
         taken_back = context.taken_back or [0] * len(is_reused)
-        kept = [len(ids) - num for ids, num in zip(prompt.chunk_ids, taken_back, strict=True)]
+        as_stored = [len(ids) - num for ids, num in zip(prompt.chunk_ids, taken_back, strict=True)]
         if loading and request.reuse and self._kept:
             for hit, ids in itertools.compress(zip(hits, prompt.chunk_ids, strict=True), map(not_, is_reused)):
                 self._kept(hit.chunk, ids)
-        num_reused = sum(itertools.compress(kept, is_reused))
+        num_reused = sum(itertools.compress(as_stored, is_reused))
         num_reused += len(prompt.prefix_ids) if has_prefix else 0
         sources = tuple(
             Source(hit, len(ids), reused, read_s.get(ids, 0.0) if reused else 0.0)
@@ -153,15 +153,18 @@ class AnswerMaker:
             request,
             context,
             sources,
-            tuple(given[num_kept:]),
+            tuple(hit for place, hit in enumerate(given) if place not in kept),
             num_reused,
             retrieved - request.started,
             loading.seconds if loading else 0.0,
             linked,
         )
 
-    def _num_fitting(self, request: Request, given_ids: list[tuple[int, ...]], num_links: int) -> int:
-        """How many of the given chunks, best first, fit the window beside the prompt and the answer."""
+    def _fitting(self, request: Request, given_ids: list[tuple[int, ...]], num_links: int) -> list[int]:
+        """Which of the given chunks, by place, fit the window beside the prompt and the answer, the best first.
+
+        One that would not fit alone stands in no other's way.
+        """
         window, room = self.model.max_positions, request.settings.max_new_tokens
         in_place, longest = request.prompt.chunk_ids, self._source.longest_chunk
         if (most := max(map(len, in_place), default=0)) > longest:
@@ -176,8 +179,13 @@ class AnswerMaker:
                 f"question, history and system message have {needed} tokens, the answer may have {room} more, "
                 f"and the model's window is {window}; shorten them or lower max_new_tokens"
             )
+        alone = min(longest, left - num_links)
+        kept = []
         for place, ids in enumerate(given_ids):
+            if len(ids) > alone:
+                continue
             left -= len(ids) + num_links
-            if left < 0 or len(ids) > longest:
-                return place
-        return len(given_ids)
+            if left < 0:
+                break
+            kept.append(place)
+        return kept

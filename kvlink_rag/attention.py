@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from kvlink_rag.errors import BadInput
 
 GROUPED_SDPA = "kvlink_grouped_sdpa"
-WATCHED = "kvlink_watched"
-QUERIES_AT_ONCE = 256  # whose weights on all keys are in memory together, under `WATCHED`
+QUERIES_AT_ONCE = 256  # whose weights on all keys are in memory together, while they are watched
 UNSEEN = -1e30  # a score that no softmax lets through
 
 
@@ -48,6 +47,8 @@ def grouped_sdpa(
     Tuples of keys and values, one of each per row, let the rows of a batch see different contexts. A row's one query
     then sees all of its own; where there are more, fewer keys than the mask's are a row that ends before its padding.
     """
+    if _now.watch is not None:
+        return watched(_now.watch, module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if isinstance(key, tuple):
         output = query.new_zeros(len(query), query.shape[2], query.shape[1], value[0].shape[-1])
         for row, (k, v) in enumerate(zip(key, value, strict=True)):
@@ -133,21 +134,31 @@ class Watch:
         return self.total / self.num_layers
 
 
-def watched(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    """The model's own eager attention, a slice of the queries at a time, for the `Watch` of this thread.
+def watched(
+    watch: Watch,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The model's own eager attention, a slice of the queries at a time, for `watch`.
 
     transformers can only keep the weights of all layers together, which is layers * heads * queries * keys. Shapes are
-    those of `grouped_sdpa`.
+    those of `grouped_sdpa`; mask float.
     """
     homes = (vars(sys.modules[kind.__module__]) for kind in type(module).__mro__)
     eager = next(home["eager_attention_forward"] for home in homes if "eager_attention_forward" in home)
-    watch, num_queries = _now.watch, query.shape[2]
-    assert watch is not None
+    assert mask is not None  # always explicit
     watch.num_layers += 1
-    outputs = []
+    outputs, num_queries = [], query.shape[2]
     for start in range(0, num_queries, QUERIES_AT_ONCE):
         part = slice(start, start + QUERIES_AT_ONCE)
-        output, weights = eager(module, query[:, :, part], key, value, mask[:, :, part], **kwargs)
+        own = query[:, :, part], key, value, mask[:, :, part]
+        output, weights = eager(module, *own, scaling=scaling, dropout=dropout, **kwargs)
         outputs.append(output)  # [batch, queries, heads, head_dim]
         if (num_before := max(0, num_queries - watch.num_last - start)) < weights.shape[2]:
             watch.note(weights[:, :, num_before:])
@@ -177,40 +188,31 @@ def tempered(tempering: Tempering | None) -> Iterator[None]:
 
 @contextmanager
 def watching(hf: Any, num_last: int) -> Iterator[Watch]:
-    """Watch what the last num_last queries of a forward of this model look at, in this thread."""
-    if not hf._can_set_attn_implementation():
-        with _hooked(hf, Watch(num_last, {"output_attentions": True})) as watch:
-            yield watch
-        return
-    AttentionInterface.register(WATCHED, watched)
-    AttentionMaskInterface.register(WATCHED, eager_mask)
-    chosen = hf.config._attn_implementation
-    _now.watch = Watch(num_last, {})
-    hf.set_attn_implementation(WATCHED)
+    """Watch what the last num_last queries of a forward of this model look at, in this thread alone."""
+    is_ours = hf.config._attn_implementation == GROUPED_SDPA
+    _now.watch = watch = Watch(num_last, {} if is_ours else {"output_attentions": True})
+    hooks = [] if is_ours else [_hook(module, watch) for module in hf.modules()]
     try:
-        yield _now.watch
+        yield watch
     finally:
-        hf.set_attn_implementation(chosen)
         _now.watch = None
+        for hook in hooks:
+            hook.remove()
 
 
-@contextmanager
-def _hooked(hf: Any, watch: Watch) -> Iterator[Watch]:
-    """Take each layer's weights as its attention returns them: for models that compute it their own way."""
+def _hook(module: Any, watch: Watch) -> Any:
+    """Take a layer's weights as its attention returns them: for models whose attention is not ours."""
 
     def take(module: Any, inputs: Any, output: Any) -> Any:
-        if not isinstance(output, tuple) or not isinstance(output[-1], Tensor) or output[-1].ndim != 4:
+        if _now.watch is not watch or not isinstance(output, tuple):  # other threads run other forwards
+            return output
+        if not isinstance(output[-1], Tensor) or output[-1].ndim != 4:
             return output
         watch.num_layers += 1
         watch.note(output[-1][:, :, -watch.num_last :])
         return (*output[:-1], None)  # nobody keeps them
 
-    hooks = [module.register_forward_hook(take, prepend=True) for module in hf.modules()]
-    try:
-        yield watch
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return module.register_forward_hook(take, prepend=True)
 
 
 class _LastMask(threading.local):

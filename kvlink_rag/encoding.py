@@ -160,8 +160,9 @@ class Encoder:
                 yield batch
 
     def _width(self, ids: tuple[int, ...]) -> int:
-        """Tokens of a row, padding included."""
-        return -(-len(ids) // self._bucket) * self._bucket
+        """Tokens of a row, padding included, which ends with the window: RoPE may be another beyond it."""
+        room = max(len(ids), self.model.max_positions - self.num_before)
+        return min(-(-len(ids) // self._bucket) * self._bucket, room)
 
     def _may_share(self) -> bool:
         """Whether chunks can share products at all."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from oracle import masked_logits
-from tiny_models import FAMILIES, VOCAB_SIZE, build
+from tiny_models import FAMILIES, PROBE_ONLY, VOCAB_SIZE, build, build_kind, byte_tokenizer
 
 from kvlink_rag import encoding
 from kvlink_rag.config import DEFAULT_SYSTEM, GenerationSettings
@@ -193,6 +193,21 @@ def test_rows_padded_behind_a_prefix_are_exact(family, monkeypatch):
     for index, kv in alone.items():
         torch.testing.assert_close(together[index].keys, kv.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(together[index].values, kv.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [40, 55, 60])
+def test_padding_never_reaches_beyond_the_length_where_rope_changes(length, monkeypatch):
+    """longrope takes other angles for all tokens of a row that is longer; rows are padded, as on a GPU."""
+    kind, options = PROBE_ONLY["phi3-longrope"]
+    model = LanguageModel(build_kind(kind, **options), byte_tokenizer())
+    ids = random_ids(random.Random(4), length)
+    (_, alone) = next(Encoder(model, encoding_prefix="abc").encode([ids]))
+    monkeypatch.setattr(encoding, "canonical_shape", lambda device: (4, 32))
+    encoder = Encoder(model, encoding_prefix="abc")
+    assert encoder.num_before + length <= model.max_positions
+    (_, padded) = next(encoder.encode([ids]))
+    torch.testing.assert_close(padded.keys, alone.keys, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(padded.values, alone.values, atol=1e-4, rtol=1e-4)
 
 
 def test_in_its_own_precision_the_default_model_agrees_with_the_masked_forward(smollm):

@@ -79,6 +79,13 @@ def test_chunks_beyond_the_window_are_left_out_lowest_scored_first(filled):
     assert answer.tokens.reused + answer.tokens.computed + 4 <= filled.model.max_positions
 
 
+def test_a_chunk_that_no_window_holds_stands_in_no_other_s_way(filled):
+    documents = [Document(letter * length, id=letter) for letter, length in (("a", 3000), ("b", 700), ("c", 40))]
+    answer = filled.ask(QUESTION, documents=documents, max_new_tokens=4)
+    assert [hit.chunk.document_id for hit in answer.hits] == ["b", "c"]
+    assert [hit.chunk.document_id for hit in answer.left_out] == ["a"]
+
+
 def test_pieces_join_to_the_answer(filled):
     pieces = list(filled.stream(QUESTION, max_new_tokens=12))
     assert "".join(piece.text for piece in pieces).strip() == pieces[-1].answer.text

@@ -376,8 +376,9 @@ def test_a_chunk_given_with_a_question_is_encoded_within_the_window_or_left_out(
     rag = open_rag(encoding_prefix="x" * 1500)
     longest = rag.model.max_positions - len(rag.encoder.prefix_ids)
     text = "y" * longest
-    answer = rag.ask("?", documents=[text, "A short one."], max_new_tokens=1)
-    assert not answer.sources and len(answer.left_out) == 2
+    answer = rag.ask("?", documents=["A first one.", text, "A last one."], max_new_tokens=1)
+    assert [hit.chunk.text for hit in answer.hits] == ["A first one.", "A last one."]
+    assert [hit.chunk.text for hit in answer.left_out] == [text]
     with pytest.raises(PromptTooLong, match="behind the encoding prefix"):
         rag.ask([{"role": "user", "content": [Document(text), "?"]}], max_new_tokens=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 import pytest
@@ -99,8 +100,36 @@ def test_models_that_compute_attention_their_own_way_are_watched_layer_by_layer(
     assert not any(module._forward_hooks for module in model.hf.modules() if type(module) is torch.nn.Linear)
 
 
-def test_a_model_that_hands_out_no_attention_is_refused(monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"], ids=["our attention", "its own attention"])
+def test_what_other_threads_compute_meanwhile_is_neither_watched_nor_changed(family):
+    """Uploads encode on the other cores while a question is answered."""
+    model = model_of(family)
+    ids = torch.arange(10, 40)[None]
+    alone = model.encode(ids)
+
+    def elsewhere(found):
+        found.append(model.encode(ids))
+
+    class Watcher(Recompute):
+        def select(self, placed):
+            places, cache = placed.question, placed.context.open(placed.question, placed.context.num_tokens)
+            mask = model.position_mask(places, cache.layers[0].capacity)
+            inputs = {"input_ids": ids[:, : len(places)], "position_ids": places[None], model.cache_argument: cache}
+            found = []
+            with torch.inference_mode(), attention.watching(model.reader, len(places)) as watch:
+                other = threading.Thread(target=elsewhere, args=(found,))
+                other.start()
+                other.join()
+                model.reader.base_model(**inputs, **watch.options, attention_mask=mask, use_cache=True)
+            assert found and all(torch.equal(a, b) for a, b in zip(found[0], alone, strict=True))
+            assert watch.num_layers == model.num_layers
+            return placed.places[:1]
+
+    linked(model, random_prompt(1, 3), Watcher())
+
+
+def test_a_model_that_hands_out_no_attention_is_refused():
     model = build("llama")
-    monkeypatch.setattr(type(model.hf), "_can_set_attn_implementation", lambda *_: False)
+    model.hf.set_attn_implementation("sdpa")
     with pytest.raises(BadInput, match="take another linking"):
         linked(model, random_prompt(1, 3), "recompute_question")
