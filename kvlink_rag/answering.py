@@ -105,8 +105,10 @@ class AnswerMaker:
             pieces.append(text)
             emit(Piece(text))
 
-        record = generate(self.model, prepared.context, prepared.request.settings, keep)
-        prepared.context.release()
+        try:
+            record = generate(self.model, prepared.context, prepared.request.settings, keep)
+        finally:
+            prepared.context.release()
         emit(Piece("", prepared.answer("".join(pieces), record, self.model.name)))
 
     def prepare(self, request: Request) -> Prepared:

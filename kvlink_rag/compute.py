@@ -205,6 +205,7 @@ def _serve(jobs: queue.SimpleQueue[Job]) -> None:
         job = jobs.get()
         with contextlib.suppress(BaseException):  # its own waits for its caller; the thread is there for all others
             job.perform()
+        del job  # or what it was about would stay in memory until the next one comes
 
 
 compute = ComputeThread()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 
 import pytest
 
@@ -54,6 +55,24 @@ def test_a_stream_that_has_emitted_nothing_yet_ends_when_its_reader_is_interrupt
         list(compute.stream(work))
     assert compute.run(lambda job: "the next") == "the next"
     assert len(done) < MANY
+
+
+def test_what_a_job_was_about_is_let_go_when_it_has_ended():
+    """Not only when the next one comes."""
+    thing, gone = Document("a large one"), threading.Event()
+    weakref.finalize(thing, gone.set)
+    compute.run(lambda job, thing=thing: None)
+    del thing
+    assert gone.wait(30)
+
+
+def test_a_stream_that_is_left_gives_the_memory_of_its_context_back(base, tmp_path):
+    with KVLinkEngine.load(base, tmp_path / "store", dtype="float32") as engine:
+        stream = engine.stream("What is red?", documents=["Box 1: red."], max_new_tokens=500)
+        next(stream)
+        stream.close()
+        memory = compute.run(lambda job: engine.model.buffers.take(1)[0])
+        assert memory.numel() > 1000
 
 
 def test_what_is_measured_can_be_stopped(base, tmp_path, press_ctrl_c):

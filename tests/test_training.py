@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import masked_logits
+from peft import LoraConfig
 from tiny_models import FAMILIES, build
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -159,6 +160,19 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(model, s
     assert given.keys() == given_again.keys()
     for name, gradient in given.items():
         assert (gradient - given_again[name]).abs().max() < 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module")  # of PEFT, about Mixtral's experts
+def test_soft_tokens_are_trained_beside_a_reader(model, source):
+    """For every family: documents are read without the adapter, with gradients, and then it is put on."""
+    links = replace(random_links(model), soft_tokens=torch.randn(NUM_SOFT, model.hidden_size) * 0.2)
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    learner = Learner(model, source, links, trainable="reader", lora=lora).train()
+    learner([step_for(model, source, num_soft=NUM_SOFT)], answers)["loss"].backward()
+    found = gradients(learner)
+    assert any("lora" in name for name in found) and "links" in found
+    assert "soft_tokens" in found or model.window(0)  # which they may be out of reach of
+    assert all(gradient.isfinite().all() for gradient in found.values())
 
 
 def test_a_model_is_its_own_teacher_where_nothing_is_linked(source, model):

@@ -98,6 +98,8 @@ class Learner(nn.Module):
                 self.peft.peft_config["default"].base_model_name_or_path = self.hf.name_or_path
         self.reads_stored_kv = trainable in OVER_STORED
         self._checkpointing = gradient_checkpointing
+        # PEFT puts an adapter on experts by changing their weights in place: what documents were read with is gone then
+        self._has_adapted_experts = self.peft is not None and any(each.ndim > 2 for each in self.hf.parameters())
         if gradient_checkpointing and not layers_of(self.hf):
             raise BadInput(f"{model.name} cannot be trained with gradient checkpointing; leave it out")
 
@@ -208,7 +210,7 @@ class Learner(nn.Module):
             return self._placed(step, layout)
         rows, cache = layout.stored.nonzero()[:, 0], Cache(layer_class_to_replicate=Filled)
         position = layout.position[rows]
-        with self._recomputing(self.hf, self._as_base):
+        with self._recomputing(self.hf, as_base=True):
             self.hf.base_model(
                 inputs_embeds=self._embeds(layout, rows),
                 position_ids=position.to(self.model.device)[None],
@@ -237,8 +239,11 @@ class Learner(nn.Module):
         self.model.read(torch.tensor([ids], device=self.model.device), cache)
         return Cache([Given(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
 
-    def _recomputing(self, model: Any, again: Callable[[], Any] = nullcontext) -> AbstractContextManager[None]:
-        return recomputing(model, again) if self._checkpointing else nullcontext()
+    def _recomputing(self, model: Any, *, as_base: bool = False) -> AbstractContextManager[None]:
+        """Where activations are not kept. as_base: the model runs without the adapter."""
+        if self._checkpointing or (as_base and self._has_adapted_experts):
+            return recomputing(model, self._as_base if as_base else nullcontext)
+        return nullcontext()
 
     @contextmanager
     def _as_base(self) -> Iterator[None]:

@@ -225,6 +225,21 @@ def test_prune_by_a_pipelines_docstore_goes_by_the_documents_version(engine: KVL
     assert sorted(held) == sorted([text(0, 2), *(text(number) for number in range(1, 5))])
 
 
+@pytest.mark.parametrize("asynchronously", [False, True])
+async def test_a_node_that_holds_no_text_any_more_keeps_no_kv(
+    asynchronously: bool, engine: KVLinkEngine, inner: SimpleVectorStore
+) -> None:
+    store = KVLinkVectorStore(inner, engine)
+    first, second = ([TextNode(id_="n", text=words, embedding=[1.0, 0.0])] for words in (text(1), " "))
+    store.add(first)
+    assert list(engine.entries.keys())
+    if asynchronously:
+        await store.async_add(second)
+    else:
+        store.add(second)
+    assert not engine.document_ids() and not list(engine.entries.keys())
+
+
 def test_the_ingestion_cache_skips_ingestion_but_not_the_answer(engine: KVLinkEngine, llm: KVLinkLLM) -> None:
     """On a cache hit no transformation runs; chunks whose KV is gone are encoded by the question instead."""
     pipeline = IngestionPipeline(transformations=[SPLITTER, KVLinkIngestion(llm)])

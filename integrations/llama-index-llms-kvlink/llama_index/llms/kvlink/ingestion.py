@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode, TransformComponent
-from llama_index.llms.kvlink.nodes import aengine_of, chunks_of, engine_of, progress_bar
+from llama_index.llms.kvlink.nodes import aengine_of, astore_kv, engine_of, store_kv
 
 if TYPE_CHECKING:
     from llama_index.llms.kvlink.base import KVLinkLLM
@@ -47,13 +47,12 @@ class KVLinkIngestion(TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Store the KV of every node; returns the nodes."""
-        engine_of(self._owner).add_chunks(**chunks_of(nodes), progress=progress_bar(self.show_progress))
+        store_kv(engine_of(self._owner), nodes, self.show_progress)
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """`__call__`, with the event loop free meanwhile."""
-        engine = await aengine_of(self._owner)
-        await engine.aadd_chunks(**chunks_of(nodes), progress=progress_bar(self.show_progress))
+        await astore_kv(await aengine_of(self._owner), nodes, self.show_progress)
         return nodes
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:

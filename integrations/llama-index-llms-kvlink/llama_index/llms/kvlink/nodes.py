@@ -43,7 +43,25 @@ def content_of(node: Any) -> str:
     return str(node.get_content(metadata_mode=MetadataMode.LLM))
 
 
-def chunks_of(nodes: Sequence[BaseNode]) -> dict[str, Any]:
+def store_kv(engine: KVLinkEngine, nodes: Sequence[BaseNode], show_progress: bool) -> None:
+    """Store the nodes' KV; of those that hold no text (any more) nothing stays."""
+    if blank := _blank(nodes):
+        engine.delete(*blank)
+    engine.add_chunks(**_chunks_of(nodes), progress=progress_bar(show_progress))
+
+
+async def astore_kv(engine: KVLinkEngine, nodes: Sequence[BaseNode], show_progress: bool) -> None:
+    """`store_kv`, with the event loop free meanwhile."""
+    if blank := _blank(nodes):
+        await engine.arun(lambda: engine.delete(*blank))
+    await engine.aadd_chunks(**_chunks_of(nodes), progress=progress_bar(show_progress))
+
+
+def _blank(nodes: Sequence[BaseNode]) -> list[str]:
+    return [node.node_id for node in nodes if not content_of(node).strip()]
+
+
+def _chunks_of(nodes: Sequence[BaseNode]) -> dict[str, Any]:
     """The arguments of `add_chunks` for these nodes; nodes without text are passed over."""
     with_text = [node for node in nodes if content_of(node).strip()]
     return {
@@ -63,7 +81,7 @@ def _metadata_of(node: BaseNode) -> dict[str, Any]:
 
 
 def stored_metadata(engine: KVLinkEngine, node_id: str) -> dict[str, Any]:
-    """The metadata under which `chunks_of` stored a node."""
+    """The metadata under which `store_kv` stored a node."""
     indexed = engine.index.chunks_of(node_id)
     return dict(indexed[0].chunk.metadata) if indexed else {}
 

@@ -23,10 +23,10 @@ from llama_index.llms.kvlink.nodes import (
     REF_DOC_HASH,
     REF_DOC_ID,
     aengine_of,
-    chunks_of,
+    astore_kv,
     engine_of,
     ids_of_document,
-    progress_bar,
+    store_kv,
     stored_metadata,
 )
 
@@ -87,13 +87,12 @@ class KVLinkVectorStore(BasePydanticVectorStore):
 
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
         """Store the nodes' KV, then the nodes; their ids."""
-        self.engine.add_chunks(**chunks_of(nodes), progress=progress_bar(self.show_progress))
+        store_kv(self.engine, nodes, self.show_progress)
         return self.vector_store.add(list(nodes), **add_kwargs)
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """`add`, with the event loop free meanwhile."""
-        engine = await aengine_of(self._owner)
-        await engine.aadd_chunks(**chunks_of(nodes), progress=progress_bar(self.show_progress))
+        await astore_kv(await aengine_of(self._owner), nodes, self.show_progress)
         return await self.vector_store.async_add(list(nodes), **kwargs)
 
     # -- deleting: the vectors first, so that nothing is found that is gone -------------------------
