@@ -49,7 +49,7 @@ LAYERS = [
         "context",
         "training.lessons",
     ],
-    ["embedder", "model", "store.codec", "store.kvdisk", "store.memory"],
+    ["embedder", "index_database", "model", "store.codec", "store.kvdisk", "store.memory"],
     ["encoding", "links", "index", "store.kv_store", "store.files", "store.namespaces"],
     ["store.kv_index"],
     ["store.disk"],
