@@ -102,6 +102,8 @@ class KVLinkEngine:
         self.index = VectorIndex(namespace_folder(self.folder, namespace))
         if not self.entries.read_only and self.index.get_meta("namespace") is None:
             self.index.set_meta("namespace", namespace)
+        if not self.entries.read_only:
+            maintenance.retry_deletions(self.index, self.kvs)
         self._source = KVSource(self.encoder, self.kvs)
         self._maker = AnswerMaker(self.model, self._source, self.links, self._note)
         self._asking = Asking(self.encoder, self.index)

@@ -24,6 +24,7 @@ from kvlink_rag.store.kvdisk import replace
 from kvlink_rag.types import Chunk, Hit
 
 log = logging.getLogger(__name__)
+_IS_REFERENCED = " OR ".join(f"EXISTS (SELECT 1 FROM {name} WHERE kv_key = ?1)" for name in ("chunks", "other_keys"))
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class VectorIndex:
         metadata: dict[str, Any],
         chunks: Sequence[IndexedChunk],
         vectors: Vectors,
-    ) -> None:
-        """Index a document in one transaction, in place of an earlier version.
+    ) -> list[str]:
+        """Index a document in one transaction, in place of an earlier version; which KV keys that dooms.
 
         vectors [chunks, dim]; with dim 0 the chunks are kept but not found by `search`: somebody else finds them.
         """
@@ -89,9 +90,8 @@ class VectorIndex:
             for c, vector in zip(chunks, vectors, strict=True)
         ]
         with self._changing() as db:
-            gone = [row[0] for row in db.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,))]
-            db.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
-            db.execute("DELETE FROM other_keys WHERE document_id = ?", (document_id,))
+            keys = self.keys_of(document_id)
+            gone = self._remove_chunks(db, document_id)
             db.execute(
                 "INSERT INTO documents VALUES (?, ?, ?, ?) ON CONFLICT(id) DO UPDATE SET "
                 "digest = excluded.digest, title = excluded.title, metadata = excluded.metadata",
@@ -106,16 +106,25 @@ class VectorIndex:
                 for row in rows
             ]
             self._update_faiss(gone, new, vectors)
+            return self.doom(keys)
 
     def delete_document(self, document_id: str) -> bool:
-        """Remove a document and its chunks; whether there was one."""
+        """Remove a document and its chunks, and doom the KV that nobody shares; whether there was one."""
         with self._changing() as db:
-            gone = [row[0] for row in db.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,))]
-            db.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
-            db.execute("DELETE FROM other_keys WHERE document_id = ?", (document_id,))
+            keys = self.keys_of(document_id)
+            gone = self._remove_chunks(db, document_id)
             found = db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
             self._update_faiss(gone, [], None)
+            self.doom(keys)
         return found
+
+    @staticmethod
+    def _remove_chunks(db: sqlite3.Connection, document_id: str) -> list[int]:
+        """Remove a document's chunks and keys; the ids of the chunks' rows."""
+        gone = [row[0] for row in db.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,))]
+        db.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
+        db.execute("DELETE FROM other_keys WHERE document_id = ?", (document_id,))
+        return gone
 
     def set_keys(self, document_id: str, chunks: Sequence[IndexedChunk]) -> None:
         """Note under which recipe and key a document's chunks are now encoded."""
@@ -176,8 +185,30 @@ class VectorIndex:
 
     def unreferenced(self, keys: Sequence[str]) -> list[str]:
         """Those of `keys` that no document refers to."""
-        query = "SELECT 1 FROM chunks WHERE kv_key = ?1 UNION ALL SELECT 1 FROM other_keys WHERE kv_key = ?1 LIMIT 1"
-        return [key for key in dict.fromkeys(keys) if self._db.row(query, (key,)) is None]
+        return [key for key in dict.fromkeys(keys) if self._db.row(f"SELECT 1 WHERE {_IS_REFERENCED}", (key,)) is None]
+
+    # -- KV that is to be deleted ------------------------------------------------------------------
+
+    def doom(self, keys: Sequence[str]) -> list[str]:
+        """Keep in mind that the KV of those of `keys` that no document refers to is to be deleted; which they are.
+
+        Done together with the change that drops the last reference: whatever fails behind it, the keys stay known.
+        """
+        doomed = self.unreferenced(keys)
+        for key in doomed:
+            self._db.row("INSERT OR REPLACE INTO doomed (kv_key) VALUES (?)", (key,))
+        return doomed
+
+    def doomed(self) -> list[tuple[int, str]]:
+        """(number, KV key) of what is to be deleted, the newest first; not what is referred to again meanwhile."""
+        every = [] if self._db.read_only else self._db.rows("SELECT id, kv_key FROM doomed ORDER BY id DESC")
+        unreferenced = set(self.unreferenced([key for _, key in every]))
+        return [(number, key) for number, key in every if key in unreferenced]
+
+    def forget_doomed(self, numbers: Sequence[int]) -> None:
+        """Their KV is deleted. A key that was doomed anew meanwhile has another number, and stays."""
+        with self._transaction() as db:
+            db.executemany("DELETE FROM doomed WHERE id = ?", [(number,) for number in numbers])
 
     def counts(self) -> tuple[int, int, int]:
         """Documents, chunks, tokens."""

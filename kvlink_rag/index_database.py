@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS other_keys (
     document_id TEXT NOT NULL, kv_key TEXT NOT NULL, PRIMARY KEY (kv_key, document_id)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS other_keys_by_document ON other_keys(document_id);
+CREATE TABLE IF NOT EXISTS doomed (id INTEGER PRIMARY KEY AUTOINCREMENT, kv_key TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -43,6 +44,7 @@ class IndexDatabase:
 
     def __init__(self, folder: Path):
         self.lock = threading.RLock()
+        self.read_only = False
         database = folder / "index.sqlite"
         try:
             endings = ("sqlite", "sqlite-journal", "sqlite-wal", "sqlite-shm", "faiss")
@@ -64,6 +66,7 @@ class IndexDatabase:
                 raise NotAStore(f"the index in {folder} cannot be opened: {error}") from error
             uri = f"{database.resolve().as_uri()}?mode=ro"
             self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
+            self.read_only = True  # and as it was made: tables of later versions are not there
         except sqlite3.DatabaseError as error:
             raise NotAStore(
                 f"{database} is damaged ({error}); restore it, or delete it and add the documents again "

@@ -28,6 +28,7 @@ from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput, StoreFull
 from kvlink_rag.index import IndexedChunk, VectorIndex
 from kvlink_rag.loading import Skipped, load
+from kvlink_rag.maintenance import delete_doomed, retry_deletions
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.types import AddReport, Chunk, Document
@@ -134,6 +135,7 @@ class Ingestion:
             raise BadInput(f"encode must be 'now' or 'on-first-use', got {encode!r}")
         if self._entries.read_only:
             raise BadInput(f"the store in {self._entries.folder} cannot be written; nothing was added")
+        retry_deletions(self._index, self._kvs)  # before it is looked at what is stored
         return time.perf_counter()
 
     def _finish(
@@ -302,15 +304,17 @@ class Ingestion:
 
     def _index_group(self, group: Sequence[_Work], vectors: Mapping[str, Vectors]) -> None:
         """Index the group's documents, with the caller's vector or these; drop the KV of what they no longer hold."""
+        dropped: list[str] = []
         for work in group:
             if work.is_indexed:
                 if [c.kv_key for c in self._index.chunks_of(work.id)] != [c.kv_key for c in work.chunks]:
                     self._index.set_keys(work.id, work.chunks)
             else:
-                metadata, old_keys = dict(work.document.metadata), self._index.keys_of(work.id)
                 own = np.asarray(work.vector, np.float32)[None] if work.vector is not None else vectors[work.id]
-                self._index.replace_document(work.id, work.digest, work.document.title, metadata, work.chunks, own)
-                self._kvs.delete(self._index.unreferenced(old_keys))
+                title, metadata = work.document.title, dict(work.document.metadata)
+                dropped += self._index.replace_document(work.id, work.digest, title, metadata, work.chunks, own)
+        if dropped:
+            delete_doomed(self._index, self._kvs)
 
     def _embed(self, works: list[_Work], report: Progress, done: int, total: int) -> dict[str, Vectors]:
         """Each document's vectors [chunks, dim] by the embedder; what is reported goes on from `done`."""

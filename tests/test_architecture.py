@@ -53,7 +53,8 @@ LAYERS = [
     ["encoding", "links", "index", "store.kv_store", "store.files", "store.namespaces"],
     ["store.kv_index"],
     ["store.disk"],
-    ["joining", "generation", "ingestion", "kv_source", "maintenance", "store.folder"],
+    ["maintenance"],
+    ["joining", "generation", "ingestion", "kv_source", "store.folder"],
     [
         "linking.full",
         "linking.plain",

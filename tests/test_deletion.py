@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import sqlite3
 
+import pytest
 from store_parts import entry_files
 
 from kvlink_rag.config import StoreSettings
+from kvlink_rag.errors import CannotStore
+from kvlink_rag.maintenance import prune_all
 from kvlink_rag.store.entry import split_entry
 from kvlink_rag.types import Document
 
@@ -84,3 +90,71 @@ def test_kv_that_another_document_shares_stays_under_every_recipe(open_rag):
     keys = set(rag.entries.keys())
     assert rag.delete(OTHER.id) == 1 and set(rag.entries.keys()) == keys
     assert rag.delete(same.id) == 1 and not list(rag.entries.keys())
+
+
+@contextlib.contextmanager
+def another_process_writes(rag):
+    """For longer than is waited for."""
+    rag.entries._lock_wait_s = 0.0
+    with open(rag.entries.folder / "lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+RETRIES = {
+    "delete again": lambda rag, open_rag: rag.delete(SECRET.id),
+    "delete": lambda rag, open_rag: rag.delete(OTHER.id),
+    "add": lambda rag, open_rag: rag.add([OTHER]),
+    "prune": lambda rag, open_rag: rag.prune(),
+    "prune all": lambda rag, open_rag: prune_all({"": rag.index}, rag.entries),
+    "open": lambda rag, open_rag: open_rag(),
+}
+
+
+@pytest.mark.parametrize(
+    ("act", "retry"), [*(("killed", retry) for retry in RETRIES), ("update", "open"), ("delete", "delete again")]
+)
+def test_kv_whose_deletion_failed_goes_at_the_next_try(open_rag, act, retry):
+    """The document is gone, and its KV is not forgotten: whoever deletes, adds, prunes or opens drops it."""
+    rag = open_rag()
+    rag.add([OTHER])
+    kept = set(rag.entries.keys())
+    rag.add([SECRET])
+    with another_process_writes(rag):
+        if act == "delete":
+            with pytest.raises(CannotStore):
+                rag.delete(SECRET.id)
+        elif act == "update":
+            with pytest.raises(CannotStore):
+                rag.add([Document(OTHER.text, id=SECRET.id)])
+        else:
+            rag.index.delete_document(SECRET.id)  # and no more
+    assert not any(CANARY in text for _, text in rag.index.texts()) and len(list(rag.entries.keys())) == 2
+    RETRIES[retry](rag, open_rag)
+    assert set(rag.entries.keys()) <= kept
+    assert rag.index.doomed() == []
+
+
+def test_kv_whose_deletion_failed_stays_once_its_text_was_added_again(open_rag, caplog):
+    """Nothing that a document refers to is deleted; with that one it goes."""
+    rag = open_rag()
+    rag.add([SECRET])
+    (key,) = rag.index.live_keys()
+    with another_process_writes(rag):
+        with pytest.raises(CannotStore):
+            rag.delete(SECRET.id)
+        rag.add([Document(SECRET.text, id="again", title=SECRET.title)], encode="on-first-use")
+    assert "still stored (another process has held" in caplog.text and key not in caplog.text
+    assert rag.index.live_keys() == {key} == set(rag.entries.keys())
+    rag.delete("never there")
+    open_rag().add([OTHER])
+    assert rag.ask("Where?", documents=[Document(SECRET.text, title=SECRET.title)], max_new_tokens=1).sources[0].reused
+    assert rag.delete("again") == 1 and key not in rag.entries
+
+
+def test_stores_made_before_doomed_keys_were_noted_open_and_delete(open_rag, tmp_path):
+    open_rag().add([SECRET])
+    with contextlib.closing(sqlite3.connect(tmp_path / "store" / "index.sqlite")) as database:
+        database.execute("DROP TABLE doomed")
+    rag = open_rag()
+    assert rag.delete(SECRET.id) == 1 and not list(rag.entries.keys())
