@@ -126,9 +126,15 @@ class VectorIndex:
         db.execute("DELETE FROM other_keys WHERE document_id = ?", (document_id,))
         return gone
 
-    def set_keys(self, document_id: str, chunks: Sequence[IndexedChunk]) -> None:
-        """Note under which recipe and key a document's chunks are now encoded."""
+    def set_keys(self, document_id: str, digest: str, chunks: Sequence[IndexedChunk]) -> list[str]:
+        """Note under which recipe and key a document's chunks are now encoded; which KV keys that dooms.
+
+        digest: of the version whose chunks they are. Where the document has another by now, or none, nothing is noted,
+        and theirs are doomed.
+        """
         with self._transaction() as db:
+            if self.document_digest(document_id) != digest:
+                return self.doom([c.kv_key for c in chunks])
             db.execute(
                 "INSERT OR IGNORE INTO other_keys SELECT document_id, kv_key FROM chunks WHERE document_id = ?",
                 (document_id,),
@@ -137,6 +143,7 @@ class VectorIndex:
                 "UPDATE chunks SET num_tokens = ?, fingerprint = ?, kv_key = ? WHERE document_id = ? AND position = ?",
                 [(c.num_tokens, c.fingerprint, c.kv_key, document_id, c.chunk.position) for c in chunks],
             )
+            return []
 
     def dim(self) -> int:
         """The length of the vectors; 0 if no chunk has one."""

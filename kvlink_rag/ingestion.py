@@ -308,7 +308,7 @@ class Ingestion:
         for work in group:
             if work.is_indexed:
                 if [c.kv_key for c in self._index.chunks_of(work.id)] != [c.kv_key for c in work.chunks]:
-                    self._index.set_keys(work.id, work.chunks)
+                    dropped += self._index.set_keys(work.id, work.digest, work.chunks)
             else:
                 own = np.asarray(work.vector, np.float32)[None] if work.vector is not None else vectors[work.id]
                 title, metadata = work.document.title, dict(work.document.metadata)

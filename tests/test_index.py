@@ -93,8 +93,21 @@ def test_chunks_of_a_document_come_in_order_with_what_was_kept(index):
     assert [(c.chunk.text, c.chunk.position, c.num_tokens, c.kv_key) for c in chunks] == [
         (f"text {number}", place, 3, f"{number:064x}") for place, number in enumerate((9, 8, 7))
     ]
-    index.set_keys("one", [IndexedChunk(c.chunk, 5, "g", "a" * 64) for c in chunks])
+    index.set_keys("one", "d", [IndexedChunk(c.chunk, 5, "g", "a" * 64) for c in chunks])
     assert {(c.num_tokens, c.fingerprint, c.kv_key) for c in index.chunks_of("one")} == {(5, "g", "a" * 64)}
+
+
+def test_keys_of_a_version_that_another_has_replaced_are_not_noted(index):
+    """Nor those of a document that was deleted; what nothing refers to is to be deleted."""
+    add(index, "one", 1)
+    add(index, "two", 2)
+    old = index.chunks_of("one")
+    add(index, "one", 3, digest="new")
+    new, theirs = index.chunks_of("one"), [IndexedChunk(old[0].chunk, 9, "g", "a" * 64), *index.chunks_of("two")]
+    assert index.set_keys("one", "d", theirs) == ["a" * 64]
+    assert index.chunks_of("one") == new
+    assert index.set_keys("three", "d", theirs) == ["a" * 64] and index.keys_of("three") == []
+    assert [key for _, key in index.doomed()] == ["a" * 64, f"{1:064x}"]
 
 
 def test_row_ids_are_never_given_twice(tmp_path):
@@ -216,9 +229,9 @@ def test_keys_that_cannot_be_committed_stay_as_they_were(index, tmp_path, hindra
     before = index.chunks_of("one")
     chunks = [IndexedChunk(c.chunk, 5, "g" * 300_000, "a" * 64) for c in before]
     with hindrance(index, tmp_path), pytest.raises(sqlite3.OperationalError):
-        index.set_keys("one", chunks)
+        index.set_keys("one", "d", chunks)
     assert index.chunks_of("one") == before
-    index.set_keys("one", chunks)
+    index.set_keys("one", "d", chunks)
     assert index.chunks_of("one") == chunks
     add(index, "two", 2)
     assert index.document_ids() == ["one", "two"]
