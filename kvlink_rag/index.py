@@ -150,13 +150,26 @@ class VectorIndex:
         row = self._db.row("SELECT length(vector) FROM chunks WHERE length(vector) > 0 LIMIT 1")
         return 0 if row is None else int(row[0]) // np.dtype(np.float32).itemsize
 
-    def note_key(self, document_id: str, kv_key: str) -> None:
-        """Note KV of a document's chunk that another recipe than the index's has, to be deleted with it."""
-        if self.document_digest(document_id) is None or kv_key in self.keys_of(document_id):
-            return
+    def note_key(self, document_id: str, kv_key: str, text: str | None = None) -> bool:
+        """Note KV of a document's chunk that another recipe than the index's has, to be deleted with it.
+
+        Whether the document is there. text: of the chunk, where it was found in the index; if the document was deleted
+        meanwhile, or holds it no more, the key is doomed.
+        """
+        is_there = (
+            "SELECT 1 FROM documents d WHERE id = ?1 AND "
+            "(?2 IS NULL OR EXISTS (SELECT 1 FROM chunks WHERE document_id = d.id AND text = ?2))"
+        )
+        if kv_key in self.keys_of(document_id):
+            return True
+        if text is None and self._db.row(is_there, (document_id, text)) is None:
+            return False
         with self._transaction() as db:
-            is_there = "SELECT id, ? FROM documents WHERE id = ?"  # not deleted meanwhile
-            db.execute(f"INSERT OR IGNORE INTO other_keys {is_there}", (kv_key, document_id))
+            if found := self._db.row(is_there, (document_id, text)) is not None:
+                db.execute("INSERT OR IGNORE INTO other_keys VALUES (?, ?)", (document_id, kv_key))
+            elif text is not None:
+                self.doom([kv_key])
+        return found
 
     def keys_of(self, document_id: str) -> list[str]:
         """The KV keys of a document's chunks, under whatever recipe they were stored."""

@@ -8,9 +8,10 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from kvlink_rag.errors import StoreError
+from kvlink_rag.errors import KVLinkError, StoreError
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.types import Hit
 
 log = logging.getLogger(__name__)
 CHECK = "check"  # in an index's meta data
@@ -50,6 +51,21 @@ def retry_deletions(index: VectorIndex, kvs: Deletes) -> None:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # its text may hold a key
         reason = getattr(cause, "strerror", None) or cause
         log.warning("KV of deleted documents is still stored (%s); `delete`, `add` and opening try again", reason)
+
+
+def note_computed(index: VectorIndex, kvs: Deletes, hit: Hit, key: str) -> None:
+    """Let KV that an answer computed and stored for a hit be deleted with its document, if that is one of the store's.
+
+    Where the hit was found by search and its document was deleted while its KV was computed, it is deleted now.
+    """
+    text = None if hit.score is None else hit.chunk.text  # what callers give is kept, whosever it is, until a prune
+    try:
+        is_there = index.note_key(hit.chunk.document_id, key, text)
+    except (sqlite3.Error, OSError, KVLinkError) as error:
+        log.warning("KV of %s will not be deleted with it, only by prune: %s", hit.chunk.document_id, error)
+        return
+    if text is not None and not is_there:
+        retry_deletions(index, kvs)
 
 
 def prune(index: VectorIndex, entries: DiskStore, kvs: Deletes, namespace: str = "") -> int:

@@ -158,3 +158,60 @@ def test_stores_made_before_doomed_keys_were_noted_open_and_delete(open_rag, tmp
         database.execute("DROP TABLE doomed")
     rag = open_rag()
     assert rag.delete(SECRET.id) == 1 and not list(rag.entries.keys())
+
+
+@contextlib.contextmanager
+def at_the_next_forward(rag, act):
+    """Another process acts while a chunk is read by the model."""
+    acts = [act]
+
+    def hook(*_):
+        if acts:
+            acts.pop()()
+
+    handle = rag.model.hf.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert not acts
+
+
+@pytest.mark.parametrize("meanwhile", ["deleted", "updated"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["for an answer", "ahead"])
+def test_kv_that_is_computed_while_its_document_is_deleted_goes_too(open_rag, meanwhile, ahead):
+    rag, other = open_rag(), open_rag()
+    rag.add([SECRET], encode="on-first-use")
+    (text,) = (text for _, text in rag.index.texts())
+    changed = Document("The mill has burnt down.", id=SECRET.id)
+    acts = {
+        "deleted": lambda: other.delete(SECRET.id),
+        "updated": lambda: other.add([changed], encode="on-first-use"),
+    }
+    with at_the_next_forward(rag, acts[meanwhile]):
+        if ahead:
+            rag.prefetch([text])
+            rag.warm_up()  # which waits for it
+        else:
+            assert rag.ask("Where is it?", max_new_tokens=1).sources[0].hit.chunk.text == text
+    assert rag.document_ids() == ([SECRET.id] if meanwhile == "updated" else [])
+    assert not list(rag.entries.keys()) and rag.index.doomed() == []
+
+
+def test_kv_that_is_computed_while_one_of_its_documents_is_deleted_stays_for_the_other(open_rag):
+    rag, other = open_rag(), open_rag()
+    same = Document(SECRET.text, id="the same", title=SECRET.title)
+    rag.add([SECRET, same], encode="on-first-use")
+    with at_the_next_forward(rag, lambda: other.delete(SECRET.id)):
+        rag.ask("Where is it?", max_new_tokens=1)
+    assert set(rag.entries.keys()) == rag.index.live_keys() and rag.document_ids() == [same.id]
+    assert rag.delete(same.id) == 1 and not list(rag.entries.keys())
+
+
+def test_kv_of_what_callers_give_stays_until_it_is_pruned(open_rag):
+    """It belongs to no document of the store, whatever it is called."""
+    rag = open_rag()
+    rag.add([OTHER])
+    for _ in range(2):
+        (source,) = rag.ask("Where is it?", documents=[SECRET], max_new_tokens=1).sources
+    assert source.reused and rag.prune() == 1
