@@ -160,6 +160,36 @@ def test_stores_made_before_doomed_keys_were_noted_open_and_delete(open_rag, tmp
     assert rag.delete(SECRET.id) == 1 and not list(rag.entries.keys())
 
 
+@pytest.mark.parametrize("encode", ["now", "on-first-use"])
+def test_what_is_deleted_during_an_add_takes_no_kv_along_that_the_add_counts_on(open_rag, encode):
+    """As a server deletes between the steps of an upload: what the plan found stored is read again, and said so."""
+    rag = open_rag()
+    rag.add([SECRET])
+    same, deleted = Document(SECRET.text, id="the same", title=SECRET.title), []
+
+    def progress(stage, done, total):
+        if stage == "embedding" and not deleted:
+            deleted.append(rag.delete(SECRET.id))
+
+    texts = [Document(f"The lighthouse of the {number}th rock.", id=str(number)) for number in range(40)]
+    report = rag.add([OTHER, same, *texts], progress=progress, encode=encode)
+    assert deleted == [1] and report.ids[1] == same.id
+    if encode == "now":
+        assert (report.encoded_chunks, report.reused_chunks, report.chunks) == (42, 0, 42)
+        assert set(rag.entries.keys()) == rag.index.live_keys()
+    else:
+        assert (report.encoded_chunks, report.reused_chunks) == (0, 0) and not list(rag.entries.keys())
+
+
+def test_a_text_that_moves_to_another_document_of_the_same_add_keeps_its_kv(open_rag):
+    """Even where the first one is finished long before the other one's turn."""
+    rag = open_rag()
+    rag.add([SECRET])
+    texts = [Document(f"The lighthouse of the {number}th rock.", id=str(number)) for number in range(70)]
+    report = rag.add([Document(OTHER.text, id=SECRET.id), *texts, Document(SECRET.text, id="new", title=SECRET.title)])
+    assert report.encoded_chunks == 72 and set(rag.entries.keys()) == rag.index.live_keys()
+
+
 @contextlib.contextmanager
 def at_the_next_forward(rag, act):
     """Another process acts while a chunk is read by the model."""
