@@ -19,9 +19,9 @@ from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Prompt
-from kvlink_rag.types import Answer, Chunk, Hit, Piece, Source, Timings, TokenCounts
+from kvlink_rag.types import Answer, Hit, Piece, Source, Timings, TokenCounts
 
-Kept = Callable[[Chunk, tuple[int, ...]], None]  # a chunk and its token ids
+Kept = Callable[[Hit, tuple[int, ...]], None]  # a hit and its token ids
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Prepared:
 
 
 class AnswerMaker:
-    """Makes answers with one model, from one source of KV. kept: told of chunks whose KV an answer computed."""
+    """Makes answers with one model, from one source of KV. kept: told of hits whose KV an answer computed."""
 
     def __init__(self, model: LanguageModel, source: KVSource, links: LinkTokens, kept: Kept | None = None):
         self.model, self._source, self._links = model, source, links
@@ -144,7 +144,7 @@ class AnswerMaker:
         as_stored = [len(ids) - num for ids, num in zip(prompt.chunk_ids, taken_back, strict=True)]
         if loading and request.reuse and self._kept:
             for hit, ids in itertools.compress(zip(hits, prompt.chunk_ids, strict=True), map(not_, is_reused)):
-                self._kept(hit.chunk, ids)
+                self._kept(hit, ids)
         num_reused = sum(itertools.compress(as_stored, is_reused))
         num_reused += len(prompt.prefix_ids) if has_prefix else 0
         sources = tuple(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -25,7 +24,6 @@ from kvlink_rag.config import AUTO, DEFAULT_PRECISION, DEFAULT_STORE, PUBLIC, UN
 from kvlink_rag.default_models import DEFAULT_MODEL
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.encoding_prefix import CHUNK_TEMPLATE, DEFAULT_ENCODING_PREFIX
-from kvlink_rag.errors import KVLinkError
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.ingestion import Ingestion, Progress
 from kvlink_rag.kv_source import KVSource
@@ -102,6 +100,8 @@ class KVLinkEngine:
         self.index = VectorIndex(namespace_folder(self.folder, namespace))
         if not self.entries.read_only and self.index.get_meta("namespace") is None:
             self.index.set_meta("namespace", namespace)
+        if not self.entries.read_only:
+            maintenance.retry_deletions(self.index, self.kvs)
         self._source = KVSource(self.encoder, self.kvs)
         self._maker = AnswerMaker(self.model, self._source, self.links, self._note)
         self._asking = Asking(self.encoder, self.index)
@@ -367,22 +367,21 @@ class KVLinkEngine:
         known = [chunk_text(text, None) for text in texts if text.strip()]
         chunk_ids = [self.encoder.token_ids(text) for text in known]
         missing = [ids for ids in chunk_ids if not self._source.is_stored(ids)]
+        owners = {
+            ids: self.index.documents_with(text) for text, ids in zip(known, chunk_ids, strict=True) if ids in missing
+        }
         self._source.encode(missing)
         for ids in chunk_ids:
             self.entries.advise(self.kvs.key(ids))
         for text, ids in zip(known, chunk_ids, strict=True):
-            for document_id in self.index.documents_with(text) if ids in missing else ():
-                self._note(Chunk(text, document_id, 0), ids)
+            for document_id in owners.get(ids, ()):
+                self._note(Hit(Chunk(text, document_id, 0), 1.0), ids)
 
-    def _note(self, chunk: Chunk, ids: tuple[int, ...]) -> None:
-        """Let KV that was computed for a chunk be deleted with its document, if that is one of the store's."""
+    def _note(self, hit: Hit, ids: tuple[int, ...]) -> None:
+        """Let KV that was computed for a hit be deleted with its document, if that is one of the store's."""
         key = self.kvs.key(ids)
-        if self.entries.read_only or key not in self.entries:
-            return
-        try:
-            self.index.note_key(chunk.document_id, key)
-        except (sqlite3.Error, OSError, KVLinkError) as error:
-            log.warning("KV of %s will not be deleted with it, only by prune: %s", chunk.document_id, error)
+        if not self.entries.read_only and key in self.entries:
+            maintenance.note_computed(self.index, self.kvs, hit, key)
 
 
 def checked(job: Job, progress: Progress | None) -> Progress:

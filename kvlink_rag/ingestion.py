@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput, StoreFull
 from kvlink_rag.index import IndexedChunk, VectorIndex
 from kvlink_rag.loading import Skipped, load
+from kvlink_rag.maintenance import delete_doomed, retry_deletions
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
 from kvlink_rag.types import AddReport, Chunk, Document
@@ -134,6 +135,7 @@ class Ingestion:
             raise BadInput(f"encode must be 'now' or 'on-first-use', got {encode!r}")
         if self._entries.read_only:
             raise BadInput(f"the store in {self._entries.folder} cannot be written; nothing was added")
+        retry_deletions(self._index, self._kvs)  # before it is looked at what is stored
         return time.perf_counter()
 
     def _finish(
@@ -146,6 +148,7 @@ class Ingestion:
         started: float,
     ) -> AddReport:
         """Encode what is missing, store, index."""
+        version = self._index.version() if encode == "now" else None
         to_encode = self._missing(works) if encode == "now" else {}
         plan = self._plan(works, to_encode)
         if on_plan is not None:
@@ -155,7 +158,7 @@ class Ingestion:
                 f"{plan.chunks_to_encode} chunks need about {plan.expected_bytes:,} bytes, {room:,} are free within "
                 "the store's budget and the disk, if all older KV makes room; raise the budget, or encode on first use"
             )
-        written = self._run(works, to_encode, report)
+        encoded, written = self._run(works, to_encode, report, version)
         self._index.save()
         seconds = time.perf_counter() - started
         num_chunks = sum(len(work.token_ids) for work in works)
@@ -163,12 +166,12 @@ class Ingestion:
             documents=len(works),
             chunks=num_chunks,
             tokens=sum(c.num_tokens for work in works for c in work.chunks),
-            encoded_chunks=len(to_encode),
-            reused_chunks=num_chunks - len(to_encode) if encode == "now" else 0,
+            encoded_chunks=len(encoded),
+            reused_chunks=num_chunks - len(encoded) if encode == "now" else 0,
             skipped_files=len(skipped),
             bytes=written,
             seconds=round(seconds, 4),
-            tokens_per_s=round(plan.tokens_to_encode / seconds, 1) if seconds else 0.0,
+            tokens_per_s=round(sum(map(len, encoded.values())) / seconds, 1) if seconds else 0.0,
             skipped=tuple(map(str, skipped)),
             ids=tuple(work.id for work in works),
         )
@@ -276,41 +279,64 @@ class Ingestion:
             free_bytes=self._entries.free_bytes(),
         )
 
-    def _run(self, works: list[_Work], to_encode: dict[str, tuple[int, ...]], report: Progress) -> int:
-        """Encode, store and index group by group; the bytes written. KV is on the disk before its index row is."""
-        left = dict(to_encode)
+    def _run(
+        self,
+        works: list[_Work],
+        to_encode: dict[str, tuple[int, ...]],
+        report: Progress,
+        version: tuple[int, int] | None,
+    ) -> tuple[dict[str, tuple[int, ...]], int]:
+        """Encode, store and index group by group. KV is on the disk before its index row is.
+
+        version: the index's as it was when it was looked what is missing; None: KV is left to the first use.
+        What was encoded, as key -> token ids, and the bytes written.
+        """
+        left, encoded, evicted = dict(to_encode), dict(to_encode), self._entries.counters.evicted
         to_embed = sum(len(work.chunks) for work in works if not work.is_indexed and work.vector is None)
-        written = done = embedded = 0
+        written = embedded = 0
+        steps = count(1)
         with ThreadPoolExecutor(1, "kvlink-writer") as writer:  # chunks are written while the next are encoded
             for group in _groups(works):
                 wanted = [c.kv_key for work in group for c in work.chunks if c.kv_key in left]
                 ids = [left.pop(key) for key in dict.fromkeys(wanted)]
-                writes: deque[Future[int]] = deque()
-                with closing(self._encoder.encode(ids)) as encoded:
-                    for _, kv in encoded:
-                        if len(writes) == MAX_WAITING:
-                            written += writes.popleft().result()
-                        writes.append(writer.submit(self._kvs.put, self._kvs.at_rest(kv)))
-                        done += 1
-                        report("encoding", done, len(to_encode))
+                writes = self._store(ids, writer, lambda: report("encoding", next(steps), len(to_encode)))
                 own = [work for work in group if not work.is_indexed and work.vector is None]
                 vectors = self._embed(own, report, embedded, to_embed)  # while the last are written
                 embedded += sum(map(len, vectors.values()))
                 written += sum(write.result() for write in writes)
+                if version not in (None, self._index.version()) and evicted == self._entries.counters.evicted:
+                    gone = self._missing(group)  # deleted meanwhile, with a document that shared it
+                    encoded |= gone
+                    written += sum(write.result() for write in self._store(list(gone.values()), writer))
                 self._index_group(group, vectors)
-        return written
+        return encoded, written
+
+    def _store(
+        self, chunk_ids: list[tuple[int, ...]], writer: ThreadPoolExecutor, step: Callable[[], None] = lambda: None
+    ) -> list[Future[int]]:
+        """Encode chunks and hand each to the writer, which may be a few behind; what is still to be waited for."""
+        writes: list[Future[int]] = []
+        with closing(self._encoder.encode(chunk_ids)) as encoded:
+            for _, kv in encoded:
+                if len(writes) >= MAX_WAITING:
+                    writes[-MAX_WAITING].result()
+                writes.append(writer.submit(self._kvs.put, self._kvs.at_rest(kv)))
+                step()
+        return writes
 
     def _index_group(self, group: Sequence[_Work], vectors: Mapping[str, Vectors]) -> None:
         """Index the group's documents, with the caller's vector or these; drop the KV of what they no longer hold."""
+        dropped: list[str] = []
         for work in group:
             if work.is_indexed:
                 if [c.kv_key for c in self._index.chunks_of(work.id)] != [c.kv_key for c in work.chunks]:
-                    self._index.set_keys(work.id, work.chunks)
+                    dropped += self._index.set_keys(work.id, work.digest, work.chunks)
             else:
-                metadata, old_keys = dict(work.document.metadata), self._index.keys_of(work.id)
                 own = np.asarray(work.vector, np.float32)[None] if work.vector is not None else vectors[work.id]
-                self._index.replace_document(work.id, work.digest, work.document.title, metadata, work.chunks, own)
-                self._kvs.delete(self._index.unreferenced(old_keys))
+                title, metadata = work.document.title, dict(work.document.metadata)
+                dropped += self._index.replace_document(work.id, work.digest, title, metadata, work.chunks, own)
+        if dropped:
+            delete_doomed(self._index, self._kvs)
 
     def _embed(self, works: list[_Work], report: Progress, done: int, total: int) -> dict[str, Vectors]:
         """Each document's vectors [chunks, dim] by the embedder; what is reported goes on from `done`."""

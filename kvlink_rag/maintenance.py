@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from kvlink_rag.errors import KVLinkError, StoreError
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.store.disk import DiskStore
+from kvlink_rag.types import Hit
 
+log = logging.getLogger(__name__)
 CHECK = "check"  # in an index's meta data
 
 
@@ -19,13 +24,48 @@ class Deletes(Protocol):
 
 
 def delete_documents(index: VectorIndex, kvs: Deletes, document_ids: Sequence[str]) -> int:
-    """Remove documents, their chunks and all KV that no other document shares; how many documents there were."""
-    removed = 0
-    for document_id in document_ids:
-        keys = index.keys_of(document_id)
-        removed += index.delete_document(document_id)
-        kvs.delete(index.unreferenced(keys))
+    """Remove documents, their chunks and all KV that no other document shares; how many documents there were.
+
+    Raises CannotStore where KV could not be removed: the documents are gone then, their KV goes at the next try.
+    """
+    removed = sum(index.delete_document(document_id) for document_id in document_ids)
+    delete_doomed(index, kvs)
     return removed
+
+
+def delete_doomed(index: VectorIndex, kvs: Deletes) -> int:
+    """Delete the KV that no document refers to any more, also what an earlier deletion left; how many were stored."""
+    doomed = index.doomed()
+    if not doomed:
+        return 0
+    removed = kvs.delete([key for _, key in doomed])
+    index.forget_doomed([number for number, _ in doomed])
+    return removed
+
+
+def retry_deletions(index: VectorIndex, kvs: Deletes) -> None:
+    """Delete the KV that an earlier deletion could not, or was killed before it did; it waits on if that fails."""
+    try:
+        delete_doomed(index, kvs)
+    except (StoreError, sqlite3.Error, OSError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # its text may hold a key
+        reason = getattr(cause, "strerror", None) or cause
+        log.warning("KV of deleted documents is still stored (%s); `delete`, `add` and opening try again", reason)
+
+
+def note_computed(index: VectorIndex, kvs: Deletes, hit: Hit, key: str) -> None:
+    """Let KV that an answer computed and stored for a hit be deleted with its document, if that is one of the store's.
+
+    Where the hit was found by search and its document was deleted while its KV was computed, it is deleted now.
+    """
+    text = None if hit.score is None else hit.chunk.text  # what callers give is kept, whosever it is, until a prune
+    try:
+        is_there = index.note_key(hit.chunk.document_id, key, text)
+    except (sqlite3.Error, OSError, KVLinkError) as error:
+        log.warning("KV of %s will not be deleted with it, only by prune: %s", hit.chunk.document_id, error)
+        return
+    if text is not None and not is_there:
+        retry_deletions(index, kvs)
 
 
 def prune(index: VectorIndex, entries: DiskStore, kvs: Deletes, namespace: str = "") -> int:
@@ -33,16 +73,18 @@ def prune(index: VectorIndex, entries: DiskStore, kvs: Deletes, namespace: str =
 
     How many KVs there were.
     """
+    removed = delete_doomed(index, kvs)
     live = index.live_keys()
-    removed = kvs.delete([key for key in entries.keys(namespace) if key not in live])
+    removed += kvs.delete([key for key in entries.keys(namespace) if key not in live])
     entries.sweep()
     return removed
 
 
 def prune_all(indexes: Mapping[str, VectorIndex], entries: DiskStore) -> int:
     """`prune` for a whole store, indexes by namespace id; what no known namespace holds goes too."""
+    removed = sum(delete_doomed(index, entries) for index in indexes.values())
     live = set().union(*(index.live_keys() for index in indexes.values()))
-    removed = entries.delete([key for key in entries.keys() if key not in live])
+    removed += entries.delete([key for key in entries.keys() if key not in live])
     entries.sweep()
     return removed
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import sqlite3
 
+import pytest
 from store_parts import entry_files
 
 from kvlink_rag.config import StoreSettings
+from kvlink_rag.errors import CannotStore
+from kvlink_rag.maintenance import prune_all
 from kvlink_rag.store.entry import split_entry
 from kvlink_rag.types import Document
 
@@ -84,3 +90,158 @@ def test_kv_that_another_document_shares_stays_under_every_recipe(open_rag):
     keys = set(rag.entries.keys())
     assert rag.delete(OTHER.id) == 1 and set(rag.entries.keys()) == keys
     assert rag.delete(same.id) == 1 and not list(rag.entries.keys())
+
+
+@contextlib.contextmanager
+def another_process_writes(rag):
+    """For longer than is waited for."""
+    rag.entries._lock_wait_s = 0.0
+    with open(rag.entries.folder / "lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+RETRIES = {
+    "delete again": lambda rag, open_rag: rag.delete(SECRET.id),
+    "delete": lambda rag, open_rag: rag.delete(OTHER.id),
+    "add": lambda rag, open_rag: rag.add([OTHER]),
+    "prune": lambda rag, open_rag: rag.prune(),
+    "prune all": lambda rag, open_rag: prune_all({"": rag.index}, rag.entries),
+    "open": lambda rag, open_rag: open_rag(),
+}
+
+
+@pytest.mark.parametrize(
+    ("act", "retry"), [*(("killed", retry) for retry in RETRIES), ("update", "open"), ("delete", "delete again")]
+)
+def test_kv_whose_deletion_failed_goes_at_the_next_try(open_rag, act, retry):
+    """The document is gone, and its KV is not forgotten: whoever deletes, adds, prunes or opens drops it."""
+    rag = open_rag()
+    rag.add([OTHER])
+    kept = set(rag.entries.keys())
+    rag.add([SECRET])
+    with another_process_writes(rag):
+        if act == "delete":
+            with pytest.raises(CannotStore):
+                rag.delete(SECRET.id)
+        elif act == "update":
+            with pytest.raises(CannotStore):
+                rag.add([Document(OTHER.text, id=SECRET.id)])
+        else:
+            rag.index.delete_document(SECRET.id)  # and no more
+    assert not any(CANARY in text for _, text in rag.index.texts()) and len(list(rag.entries.keys())) == 2
+    RETRIES[retry](rag, open_rag)
+    assert set(rag.entries.keys()) <= kept
+    assert rag.index.doomed() == []
+
+
+def test_kv_whose_deletion_failed_stays_once_its_text_was_added_again(open_rag, caplog):
+    """Nothing that a document refers to is deleted; with that one it goes."""
+    rag = open_rag()
+    rag.add([SECRET])
+    (key,) = rag.index.live_keys()
+    with another_process_writes(rag):
+        with pytest.raises(CannotStore):
+            rag.delete(SECRET.id)
+        rag.add([Document(SECRET.text, id="again", title=SECRET.title)], encode="on-first-use")
+    assert "still stored (another process has held" in caplog.text and key not in caplog.text
+    assert rag.index.live_keys() == {key} == set(rag.entries.keys())
+    rag.delete("never there")
+    open_rag().add([OTHER])
+    assert rag.ask("Where?", documents=[Document(SECRET.text, title=SECRET.title)], max_new_tokens=1).sources[0].reused
+    assert rag.delete("again") == 1 and key not in rag.entries
+
+
+def test_stores_made_before_doomed_keys_were_noted_open_and_delete(open_rag, tmp_path):
+    open_rag().add([SECRET])
+    with contextlib.closing(sqlite3.connect(tmp_path / "store" / "index.sqlite")) as database:
+        database.execute("DROP TABLE doomed")
+    rag = open_rag()
+    assert rag.delete(SECRET.id) == 1 and not list(rag.entries.keys())
+
+
+@pytest.mark.parametrize("encode", ["now", "on-first-use"])
+def test_what_is_deleted_during_an_add_takes_no_kv_along_that_the_add_counts_on(open_rag, encode):
+    """As a server deletes between the steps of an upload: what the plan found stored is read again, and said so."""
+    rag = open_rag()
+    rag.add([SECRET])
+    same, deleted = Document(SECRET.text, id="the same", title=SECRET.title), []
+
+    def progress(stage, done, total):
+        if stage == "embedding" and not deleted:
+            deleted.append(rag.delete(SECRET.id))
+
+    texts = [Document(f"The lighthouse of the {number}th rock.", id=str(number)) for number in range(40)]
+    report = rag.add([OTHER, same, *texts], progress=progress, encode=encode)
+    assert deleted == [1] and report.ids[1] == same.id
+    if encode == "now":
+        assert (report.encoded_chunks, report.reused_chunks, report.chunks) == (42, 0, 42)
+        assert set(rag.entries.keys()) == rag.index.live_keys()
+    else:
+        assert (report.encoded_chunks, report.reused_chunks) == (0, 0) and not list(rag.entries.keys())
+
+
+def test_a_text_that_moves_to_another_document_of_the_same_add_keeps_its_kv(open_rag):
+    """Even where the first one is finished long before the other one's turn."""
+    rag = open_rag()
+    rag.add([SECRET])
+    texts = [Document(f"The lighthouse of the {number}th rock.", id=str(number)) for number in range(70)]
+    report = rag.add([Document(OTHER.text, id=SECRET.id), *texts, Document(SECRET.text, id="new", title=SECRET.title)])
+    assert report.encoded_chunks == 72 and set(rag.entries.keys()) == rag.index.live_keys()
+
+
+@contextlib.contextmanager
+def at_the_next_forward(rag, act):
+    """Another process acts while a chunk is read by the model."""
+    acts = [act]
+
+    def hook(*_):
+        if acts:
+            acts.pop()()
+
+    handle = rag.model.hf.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert not acts
+
+
+@pytest.mark.parametrize("meanwhile", ["deleted", "updated"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["for an answer", "ahead"])
+def test_kv_that_is_computed_while_its_document_is_deleted_goes_too(open_rag, meanwhile, ahead):
+    rag, other = open_rag(), open_rag()
+    rag.add([SECRET], encode="on-first-use")
+    (text,) = (text for _, text in rag.index.texts())
+    changed = Document("The mill has burnt down.", id=SECRET.id)
+    acts = {
+        "deleted": lambda: other.delete(SECRET.id),
+        "updated": lambda: other.add([changed], encode="on-first-use"),
+    }
+    with at_the_next_forward(rag, acts[meanwhile]):
+        if ahead:
+            rag.prefetch([text])
+            rag.warm_up()  # which waits for it
+        else:
+            assert rag.ask("Where is it?", max_new_tokens=1).sources[0].hit.chunk.text == text
+    assert rag.document_ids() == ([SECRET.id] if meanwhile == "updated" else [])
+    assert not list(rag.entries.keys()) and rag.index.doomed() == []
+
+
+def test_kv_that_is_computed_while_one_of_its_documents_is_deleted_stays_for_the_other(open_rag):
+    rag, other = open_rag(), open_rag()
+    same = Document(SECRET.text, id="the same", title=SECRET.title)
+    rag.add([SECRET, same], encode="on-first-use")
+    with at_the_next_forward(rag, lambda: other.delete(SECRET.id)):
+        rag.ask("Where is it?", max_new_tokens=1)
+    assert set(rag.entries.keys()) == rag.index.live_keys() and rag.document_ids() == [same.id]
+    assert rag.delete(same.id) == 1 and not list(rag.entries.keys())
+
+
+def test_kv_of_what_callers_give_stays_until_it_is_pruned(open_rag):
+    """It belongs to no document of the store, whatever it is called."""
+    rag = open_rag()
+    rag.add([OTHER])
+    for _ in range(2):
+        (source,) = rag.ask("Where is it?", documents=[SECRET], max_new_tokens=1).sources
+    assert source.reused and rag.prune() == 1

@@ -6,6 +6,7 @@ import contextlib
 import random
 import resource
 import sqlite3
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,21 @@ def test_chunks_of_a_document_come_in_order_with_what_was_kept(index):
     assert [(c.chunk.text, c.chunk.position, c.num_tokens, c.kv_key) for c in chunks] == [
         (f"text {number}", place, 3, f"{number:064x}") for place, number in enumerate((9, 8, 7))
     ]
-    index.set_keys("one", [IndexedChunk(c.chunk, 5, "g", "a" * 64) for c in chunks])
+    index.set_keys("one", "d", [IndexedChunk(c.chunk, 5, "g", "a" * 64) for c in chunks])
     assert {(c.num_tokens, c.fingerprint, c.kv_key) for c in index.chunks_of("one")} == {(5, "g", "a" * 64)}
+
+
+def test_keys_of_a_version_that_another_has_replaced_are_not_noted(index):
+    """Nor those of a document that was deleted; what nothing refers to is to be deleted."""
+    add(index, "one", 1)
+    add(index, "two", 2)
+    old = index.chunks_of("one")
+    add(index, "one", 3, digest="new")
+    new, theirs = index.chunks_of("one"), [IndexedChunk(old[0].chunk, 9, "g", "a" * 64), *index.chunks_of("two")]
+    assert index.set_keys("one", "d", theirs) == ["a" * 64]
+    assert index.chunks_of("one") == new
+    assert index.set_keys("three", "d", theirs) == ["a" * 64] and index.keys_of("three") == []
+    assert [key for _, key in index.doomed()] == ["a" * 64, f"{1:064x}"]
 
 
 def test_row_ids_are_never_given_twice(tmp_path):
@@ -121,10 +135,43 @@ def test_a_failed_change_changes_nothing(index):
     assert index.document_digest("one") == "d" and best(index, 1) == "text 1" and best(index, 2) is None
 
 
+class _Looked(dict):
+    """Metadata that somebody looks at the index meanwhile, when it is written: in the middle of a change."""
+
+    def __init__(self, look):
+        super().__init__(of="one")
+        self._look = look
+
+    def items(self):
+        self._look()
+        return super().items()
+
+
+def test_another_thread_sees_a_document_before_or_after_its_update_never_half(index):
+    """No read finds it without chunks, and the KV that it shares is never without a reference."""
+    add(index, "one", 1, 2)
+    seen: list[object] = []
+
+    def read():
+        seen.append((index.unreferenced([f"{1:064x}"]), [c.chunk.text for c in index.chunks_of("one")]))
+        seen.append((index.counts(), index.live_keys(), index.keys_of("one")))
+
+    reader = threading.Thread(target=read)
+
+    def look():
+        reader.start()
+        reader.join(0.5)  # who waits for the change comes after it
+
+    chunks = index.chunks_of("one")[:1]
+    index.replace_document("one", "new", None, _Looked(look), chunks, vectors_of(1))
+    reader.join()
+    assert seen == [([], ["text 1"]), ((1, 1, 3), {f"{1:064x}"}, [f"{1:064x}"])]
+
+
 @contextlib.contextmanager
 def reader_in_the_middle(index: VectorIndex, folder: Path):
     """Another process reads, and the index does not wait for it: what is changed cannot be committed."""
-    index._db.execute("PRAGMA busy_timeout = 0")
+    index._db.rows("PRAGMA busy_timeout = 0")
     reader = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM documents").fetchall()
@@ -182,9 +229,9 @@ def test_keys_that_cannot_be_committed_stay_as_they_were(index, tmp_path, hindra
     before = index.chunks_of("one")
     chunks = [IndexedChunk(c.chunk, 5, "g" * 300_000, "a" * 64) for c in before]
     with hindrance(index, tmp_path), pytest.raises(sqlite3.OperationalError):
-        index.set_keys("one", chunks)
+        index.set_keys("one", "d", chunks)
     assert index.chunks_of("one") == before
-    index.set_keys("one", chunks)
+    index.set_keys("one", "d", chunks)
     assert index.chunks_of("one") == chunks
     add(index, "two", 2)
     assert index.document_ids() == ["one", "two"]

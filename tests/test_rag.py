@@ -98,6 +98,26 @@ def test_deleting_a_document_deletes_its_kv_but_not_what_another_shares(rag):
     assert rag.stats()["entries"] == 0
 
 
+@pytest.mark.parametrize("meanwhile", ["updates", "deletes"])
+@pytest.mark.parametrize("has_kv", [True, False])
+def test_what_another_process_makes_of_a_document_while_it_is_added_stays(open_rag, meanwhile, has_kv):
+    """Its chunks keep their own keys and lengths, and their KV; nothing else is stored."""
+    old = Document("The first version says that the boiler holds 40 litres.", id="boiler")
+    new = Document("The second version says that the boiler holds 90 litres of water.", id="boiler")
+    rag, other = open_rag(), open_rag()
+    rag.add([DOCUMENTS[0], old])
+    if not has_kv:  # evicted, say
+        rag.entries.delete([chunk.kv_key for chunk in rag.index.chunks_of("boiler")])
+    act = {"updates": lambda plan: other.add(new), "deletes": lambda plan: other.delete("boiler")}[meanwhile]
+    rag.add(old, on_plan=act)
+    chunks = rag.index.chunks_of("boiler")
+    assert [chunk.chunk.text for chunk in chunks] == ([new.text] if meanwhile == "updates" else [])
+    for chunk in chunks:
+        token_ids = rag.encoder.token_ids(chunk.chunk.text)
+        assert (chunk.kv_key, chunk.num_tokens) == (rag.kvs.key(token_ids), len(token_ids))
+    assert set(rag.entries.keys()) == rag.index.live_keys()
+
+
 def test_an_interrupted_add_is_finished_by_the_next_one(open_rag):
     """Whatever stands in the index has its KV; the second add encodes only what is missing."""
     rag = open_rag()
