@@ -37,9 +37,10 @@ from kvlink_rag.store.kv_index import (
 from kvlink_rag.store.kvdisk import open_entry_file
 from kvlink_rag.store.lock import NO_FORK, WAIT_S, writer_lock
 from kvlink_rag.store.place import Place
+from kvlink_rag.store.uses import Uses
 
 log = logging.getLogger(__name__)
-USES_KEPT_S = 60.0  # how long last uses may be known to this process alone
+_LOOKED_OVER_S = 60.0  # how often a writer looks over all rows for entries whose time is over
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _INDEX_FAILED = (sqlite3.Error, Timeout, ValueError)  # ValueError: text that is none, after flipped bits
 _FAILED = (OSError, MemoryError, *_INDEX_FAILED)
@@ -69,8 +70,8 @@ class DiskStore:
         self._files = EntryFiles(self.folder, ttl_s)
         self.read_only = False
         self._integrity_key, self._lock_wait_s = integrity_key, lock_wait_s
-        self._uses: dict[str, float] = {}  # key -> when it was last read, not yet in the rows
-        self._uses_flushed = time.monotonic()
+        self._uses = Uses()
+        self._looked_over = time.monotonic()
         self._said: set[str] = set()
         self._cache: Cache | None = None
         if os.path.expandvars(os.path.expanduser(self.folder)) != str(self.folder):
@@ -134,7 +135,7 @@ class DiskStore:
             self._say("memory", f"no memory left to read entries of {self.folder}: their KV is computed again")
             return None
         if entry is not None:
-            self._uses[key] = time.time()
+            self.touch(key)
         return entry
 
     def _read(self, key: str) -> memoryview | None:
@@ -234,7 +235,7 @@ class DiskStore:
                     raise StoreFull(f"no room left on the disk of {self.folder}: {error}") from error
                 reason = "no memory left" if isinstance(error, MemoryError) else error
                 raise CannotStore(f"an entry could not be written to {self.folder}: {reason}") from error
-        self._uses.pop(key, None)
+        self._uses.forget(key)
 
     def quarantine(self, key: str, reason: str, entry: memoryview | bytes) -> None:
         """Take an entry that failed verification out of use: the bytes that were read, unless they were replaced."""
@@ -259,7 +260,9 @@ class DiskStore:
 
     def touch(self, key: str) -> None:
         """Note that an entry was used by somebody who holds a copy of it."""
-        self._uses[key] = time.time()
+        self._uses.note(key)
+        if self._uses.are_due:
+            self._write_uses()
 
     def verify(self) -> tuple[int, list[str]]:
         """Check every entry; drop those that fail, and make rows and files agree. Returns (sound, dropped keys)."""
@@ -294,8 +297,7 @@ class DiskStore:
 
     def close(self) -> None:
         if self._cache is not None:
-            with contextlib.suppress(CannotStore, *_INDEX_FAILED), self._writing(0.0):
-                self._flush_uses()
+            self._write_uses()
             self._cache.close()
 
     # -- inside ------------------------------------------------------------------------------------
@@ -314,11 +316,12 @@ class DiskStore:
     def _make_room(self, num_bytes: int) -> None:
         """Evict the least recently used entries until num_bytes fit the budget. Raises StoreFull."""
         assert self._cache is not None
-        is_due = time.monotonic() - self._uses_flushed > USES_KEPT_S
+        is_due = time.monotonic() - self._looked_over > _LOOKED_OVER_S
+        self._looked_over = time.monotonic() if is_due else self._looked_over
         self._expire(all_rows=is_due)
         over = self.size_bytes() + num_bytes - self.max_bytes
-        if over > 0 or is_due:
-            self._flush_uses()
+        if over > 0 or self._uses.are_due:
+            self._uses.write(self._cache)
         while over > 0:
             query = f"SELECT key, size FROM Cache WHERE {IS_OURS} ORDER BY access_time LIMIT 256"
             victims = []
@@ -348,21 +351,17 @@ class DiskStore:
             self._expire()
             return key in set(self.keys()) and self._read(key) is None
 
-    def _flush_uses(self) -> None:
-        """Write when entries were last used into their rows: once a minute, never a write per read."""
-        assert self._cache is not None
-        uses, self._uses, self._uses_flushed = self._uses, {}, time.monotonic()
-        if uses:
-            with self._cache.transact():
-                self._cache._con.executemany(
-                    "UPDATE Cache SET access_time = ? WHERE key = ?", [(used, key) for key, used in uses.items()]
-                )
+    def _write_uses(self) -> None:
+        """Let all processes know of them; where one writes just now, with the next use: a reader waits for none."""
+        if self._cache is not None:
+            with contextlib.suppress(CannotStore, *_FAILED), self._writing(0.0):
+                self._uses.write(self._cache)
 
     def _remove(self, keys: list[str]) -> int:
         """Remove files, then rows; how many entries there were. A row that cannot be removed names no file: a miss."""
         removed = self._files.remove(keys)
         for key in keys:
-            self._uses.pop(key, None)
+            self._uses.forget(key)
         if self._cache is None:
             return len(removed)
         try:
