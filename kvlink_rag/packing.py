@@ -149,13 +149,20 @@ class PackedKV:
 
 
 def _quantise(numbers: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, and scale and low that the numbers along `dim` share."""
-    low = numbers.amin(dim, keepdim=True)
-    scale = ((numbers.amax(dim, keepdim=True) - low) / (2**bits - 1)).to(_SCALE)
-    low = low.to(_SCALE)
+    """Codes, and scale and low that the numbers along `dim` share; the steps from low on reach over them all."""
+    low = _round_down(numbers.amin(dim, keepdim=True))
+    scale = _round_down((low.float() - numbers.amax(dim, keepdim=True)) / (2**bits - 1)).abs()  # that is, rounded up
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
     codes = ((numbers - low.float()) / divisor).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, low
+
+
+def _round_down(numbers: Tensor) -> Tensor:
+    """The nearest numbers in 16 bits that are not above."""
+    nearest = numbers.to(_SCALE)
+    bits = nearest.view(torch.int16)  # sign and magnitude: of a negative number the next one below has more of it
+    below = torch.where(nearest > 0, bits - 1, bits + 1).view(_SCALE)
+    return torch.where(nearest.float() > numbers, below, nearest)
 
 
 def _pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The recipe: everything that decides a chunk's KV besides its text, and nothing else.
 
-Two recipes with the same fingerprint give the same KV for the same token ids. What stands behind a
-chunk (links, question), the chat template and the system message are not part of it.
+Two recipes with the same fingerprint give the same KV for the same token ids (in int8 and int4 up to its scales, which
+each entry brings along: a version may choose them otherwise). What stands behind a chunk (links, question), the chat
+template and the system message are not part of it.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ LAYERS = [
         "rope",
         "store.buffers",
         "store.lock",
+        "store.uses",
         "tokens",
         "recipe",
         "chunking",

@@ -153,7 +153,8 @@ def test_full_prefill_with_a_reader_reads_documents_without_it(with_reader):
     assert (logits - expected).abs().max() < 1e-4
 
 
-def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
+@pytest.mark.parametrize("cut", ['\n{"data": "da', ""])
+def test_a_run_goes_on_where_it_was_cut_off(cut, tiny, tmp_path):
     links = LinkTokens.untrained(tiny)
 
     def run(data, linkings):
@@ -163,7 +164,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
 
     first = run(EXAMPLES[:1], ["plain"])
     path = tmp_path / "results.jsonl"
-    path.write_text(path.read_text("utf-8") + '{"data": "da', "utf-8")  # killed while writing
+    path.write_text(path.read_text("utf-8").rstrip() + cut, "utf-8")  # killed while writing
     rows = run(EXAMPLES, ["plain", "full"])
     assert rows[0] == first[0]
     assert sorted((row["number"], row["linking"]) for row in rows) == [
@@ -174,6 +175,20 @@ def test_a_run_goes_on_where_it_was_cut_off(tiny, tmp_path):
     assert all("top1" in row for row in [*rows[1:], *more])  # held against a full prefill that was there already
     rows += more
     assert run(EXAMPLES, ["plain", "full"]) == rows
+
+
+def test_a_run_that_begins_while_another_writes_takes_none_of_its_rows(tiny, tmp_path):
+    path = tmp_path / "results.jsonl"
+    AnswerRun([arm_of(tiny)], tmp_path, max_new_tokens=2).run({"a": EXAMPLES}, ["plain"], lambda *_: None)
+    lines = path.read_text("utf-8")
+    path.unlink()
+    with path.open("a", encoding="utf-8") as other:
+        other.write(lines[:-40])
+        other.flush()
+        run = AnswerRun([arm_of(tiny)], tmp_path, max_new_tokens=2)
+        other.write(lines[-40:])
+    run.run({"b": EXAMPLES}, ["plain"], lambda *_: None)
+    assert [(row["data"], row["number"]) for row in run.rows] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 
 
 def test_a_run_does_not_go_on_from_answers_that_were_made_otherwise(tiny, with_reader, tmp_path):

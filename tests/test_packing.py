@@ -22,6 +22,8 @@ def kv_of(num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     keys, values = torch.randn(2, 2, 2, num_tokens, 8, generator=generator)
     keys[..., 3] += 150.0
     keys[..., 4] = -7.0
+    keys[..., 5] -= 1000.0
+    keys[..., 6] *= 1e-4
     values[:, :, 0] *= 1000.0
     return KV(keys.to(dtype), values.to(dtype), tuple(range(num_tokens)))
 
@@ -35,9 +37,9 @@ def expected(numbers: torch.Tensor, runs: list[slice], dim: int, bits: int) -> t
         part = numbers[tuple(index)].double()
         low[tuple(index)] = part.amin(dim, keepdim=True).expand_as(part)
         high[tuple(index)] = part.amax(dim, keepdim=True).expand_as(part)
-    step = (high - low) / (2**bits - 1)
-    half_precision = 2.0**-11
-    return numbers.double(), step / 2 + (low.abs() + (high - low)) * 2 * half_precision + 1e-6
+    ulp = 2.0**-10  # of half precision: a step reaches from a low that it holds, and is none that it does not
+    step = (high - low + ulp * low.abs()) / (2**bits - 1) * (1 + ulp) + 2.0**-24
+    return numbers.double(), step / 2 + 2.0**-22 * (low.abs() + high - low)
 
 
 @pytest.mark.parametrize("precision", PACKED)

@@ -10,8 +10,11 @@ import threading
 import pytest
 from serving import ingest, live, wait_until
 
+from kvlink_rag.compute import compute
 from kvlink_rag.server import keys as server_keys
+from kvlink_rag.server.failures import TookTooLong
 from kvlink_rag.server.keys import Keys
+from kvlink_rag.server.settings import ServerSettings
 
 CANARY = "canary-5b1e"
 
@@ -92,6 +95,41 @@ def test_of_two_files_of_one_name_the_one_that_gave_way_is_named(client):
     assert job["status"] == "done" and job["documents"] == ["README.md"]
     assert len(job["skipped"]) == 1 and "README.md: another document" in job["skipped"][0]
     assert client.get("/v1/documents/README.md").json()["texts"] == ["README\nThe weir has a readme."]
+
+
+@pytest.fixture
+def hurried(open_rag):
+    """A server whose answers have a fifth of a second, over a store without a document."""
+    with live(open_rag(), settings=ServerSettings(request_timeout_s=0.2)) as server:
+        yield server
+
+
+def test_the_time_limit_holds_for_a_question_that_waits_while_the_model_is_busy(hurried):
+    """The refusal comes while the model is at other work, and the question is not read when that ends."""
+    may_end, has_ended = threading.Event(), threading.Event()
+    compute.submit(lambda job: (may_end.wait(20), has_ended.set()))
+    with hurried.client() as client:
+        for stream in (False, True):
+            request = hurried.chat(documents=["The boiler holds forty litres."], stream=stream)
+            response = client.post("/v1/chat/completions", json=request)
+            assert response.status_code == 503 and "time limit" in response.text and "Retry-After" in response.headers
+    assert hurried.services.scheduler.num_places == 0
+    assert not has_ended.is_set()
+    may_end.set()
+    compute.run(lambda job: None)
+    assert rag_of(hurried).stats()["entries"] == 0
+
+
+async def test_a_question_whose_time_is_over_at_its_turn_is_not_read(open_rag):
+    rag = open_rag()
+    with live(rag, settings=ServerSettings(request_timeout_s=1e-9)) as server:
+        options = {"documents": ["The boiler holds forty litres."], "max_new_tokens": 2}
+        ticket = server.services.scheduler.submit(rag, [{"role": "user", "content": "How much?"}], options)
+        compute.run(lambda job: None)  # its turn is over
+        with pytest.raises(TookTooLong):
+            async for _ in server.services.scheduler.follow(ticket):
+                pass
+        assert rag.stats()["entries"] == 0
 
 
 def test_a_server_about_to_end_takes_nothing_new(server, client):

@@ -113,42 +113,6 @@ def test_what_a_writer_leaves_that_is_killed_counts_until_it_is_cleared_away(qui
     assert int(done.stdout) > 20
 
 
-def test_a_use_that_only_memory_saw_counts_too(tmp_path):
-    """Who serves an entry from a copy notes its use, so that the budget does not take it first."""
-    size = len(entry_of((1,)))
-    store = DiskStore(tmp_path, max_bytes=2 * size)
-    keys = [identity_of((n,)).key for n in range(1, 4)]
-    for n, key in enumerate(keys, 1):
-        store.touch(keys[0])
-        store.put(key, entry_of((n,)))
-    assert sorted(store.keys()) == sorted([keys[0], keys[2]])
-    store.close()
-
-
-def test_uses_are_known_after_a_restart(tmp_path):
-    """Last uses are written when the store is closed."""
-    size = len(entry_of((1,)))
-    keys = [identity_of((n,)).key for n in range(1, 4)]
-    store = DiskStore(tmp_path, max_bytes=2 * size)
-    for n, key in enumerate(keys[:2], 1):
-        store.put(key, entry_of((n,)))
-    store.get(keys[0])
-    store.close()
-    store = DiskStore(tmp_path, max_bytes=2 * size)
-    store.put(keys[2], entry_of((3,)))
-    assert sorted(store.keys()) == sorted([keys[0], keys[2]])
-    store.close()
-
-
-def test_reading_writes_nothing(disk):
-    """A thousand reads change no byte of the index: uses are kept in memory."""
-    disk.put(identity_of().key, entry_of())
-    before = (disk.folder / "cache.db").read_bytes()
-    for _ in range(1000):
-        disk.get(identity_of().key)
-    assert (disk.folder / "cache.db").read_bytes() == before
-
-
 def test_an_entry_beyond_the_whole_budget_is_refused_and_nothing_makes_room_for_it(tmp_path):
     """What can never fit does not empty the store."""
     store = DiskStore(tmp_path, max_bytes=len(entry_of()))

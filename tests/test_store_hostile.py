@@ -20,7 +20,7 @@ from store_parts import (
 )
 
 from kvlink_rag.errors import CorruptEntry
-from kvlink_rag.store.kvdisk import KVDisk
+from kvlink_rag.store.kvdisk import KVDisk, Written
 
 
 class Bomb:
@@ -155,7 +155,9 @@ def test_only_hex_digests_are_keys(tmp_path, key):
     with pytest.raises(TypeError, match="64 hex digits"):
         files.put(key)
     with pytest.raises(TypeError, match="64 hex digits"):
-        files.store(b"bytes", False, key=key)
+        files.write(key, b"bytes")
+    with pytest.raises(TypeError, match="under its key"):
+        files.store(Written(f"{key_of(1)[:2]}/{key_of(1)}.{'0' * 16}.kv", 5), False, key=key)
     with pytest.raises(CorruptEntry):
         files.get(key, True)
     assert not list(tmp_path.iterdir())
@@ -167,7 +169,10 @@ def test_only_hex_digests_are_keys(tmp_path, key):
 def test_only_bytes_are_values(tmp_path, value):
     """There is no way to have anything pickled."""
     with pytest.raises(TypeError, match="only entry bytes"):
-        KVDisk(str(tmp_path)).store(value, False, key=key_of(1))
+        KVDisk(str(tmp_path)).write(key_of(1), value)
+    for given in (value, b"bytes"):
+        with pytest.raises(TypeError, match="only an entry's file"):
+            KVDisk(str(tmp_path)).store(given, False, key=key_of(1))
     assert not list(tmp_path.iterdir())
 
 

@@ -89,7 +89,6 @@ class AnswerRun:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "results.jsonl"
         self.rows = read_rows(self._path)
-        _drop_cut_line(self._path)
 
     def run(
         self,
@@ -198,8 +197,8 @@ class AnswerRun:
 
     def _keep(self, rows: Sequence[Row]) -> None:
         self.rows += rows
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        if rows:
+            _append("".join(json.dumps(row) + "\n" for row in rows).encode(), self._path)
 
 
 @dataclass
@@ -289,12 +288,12 @@ def _closeness(reference: _Said, said: _Said) -> Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of earlier runs, each arm's answer to an example once; a line that was cut off is left out."""
+    """The rows of earlier runs, each arm's answer to an example once; lines that were cut off are left out."""
     rows: dict[tuple[str, int, str, str], Row] = {}
     for line in path.read_text("utf-8").split("\n") if path.exists() else ():
         try:
             row = json.loads(line)
-        except ValueError:  # the last line of a killed run: its example is answered again
+        except ValueError:  # the last line of a killed run, whose example is answered again, or an empty one
             continue
         rows.setdefault((row["data"], row["number"], row["links"], row["linking"]), row)  # two runs may have made it
     return list(rows.values())
@@ -307,14 +306,19 @@ def asked_digest(example: Example) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
-def _drop_cut_line(path: Path) -> None:
-    """Let a file end with a whole line, so that the next one begins a line of its own."""
-    text = path.read_text("utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(whole, "utf-8")
-        temporary.replace(path)
+def _append(lines: bytes, path: Path) -> None:
+    """Write lines behind those of a file, in one call to the system, into which no other run's lines come.
+
+    What was there stays, since others may be writing; a line that a killed run left cut off is ended first.
+    """
+    with path.open("a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # or another's call is under way: then the line between is empty
+                lines = b"\n" + lines
+        left = memoryview(lines)
+        while left:
+            left = left[file.write(left) :]
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:

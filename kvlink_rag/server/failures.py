@@ -27,7 +27,12 @@ class QueueFull(KVLinkError):
 
 
 class TookTooLong(KVLinkError):
-    """An answer was not finished within the server's time limit."""
+    """An answer was not finished within the server's time limit, waiting included."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the answer was not finished within this server's time limit; ask for less, or try again later"
+        )
 
 
 class Draining(KVLinkError):

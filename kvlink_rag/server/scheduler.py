@@ -53,11 +53,22 @@ class Ticket:
         if self.is_abandoned:
             raise Cancelled
         if time.monotonic() > self.deadline:
-            raise TookTooLong("the answer was not finished within this server's time limit")
+            raise TookTooLong
 
     def put(self, item: Found | Piece | BaseException) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+
+    async def take(self) -> Found | Piece:
+        """The next item. Raises what went wrong, and TookTooLong where none comes in time, whatever the model does."""
+        try:
+            async with asyncio.timeout(self.deadline - time.monotonic()):
+                item = await self.items.get()
+        except TimeoutError:
+            raise TookTooLong from None
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
 
 class Scheduler:
@@ -97,9 +108,7 @@ class Scheduler:
         """
         try:
             while True:
-                item = await ticket.items.get()
-                if isinstance(item, BaseException):
-                    raise item
+                item = await ticket.take()
                 yield item
                 if isinstance(item, Piece) and item.answer:
                     return
@@ -166,6 +175,7 @@ class Scheduler:
             ticket.put(piece)
 
         try:
+            ticket.check()  # nothing is computed for whom it comes too late
             ticket.rag.begin(
                 self._batch,
                 ticket.messages,  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Entry bytes in a folder: diskcache rows over files of our own making. Bytes in, bytes out, no torch.
 
-Writers take turns; readers wait for nobody. Whatever is wrong with an entry, a row or the disk is a miss.
+Writers take turns; readers wait while rows change, not while bytes go to the disk. Whatever is wrong with an entry, a
+row or the disk is a miss.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ from kvlink_rag.store.kv_index import (
     create_private,
     is_full,
     keys_over,
+    making_changes,
     new_index,
     open_index,
     path_of,
     read_entry,
     reconcile,
+    roll_back,
 )
 from kvlink_rag.store.kvdisk import open_entry_file
 from kvlink_rag.store.lock import NO_FORK, WAIT_S, writer_lock
 from kvlink_rag.store.place import Place
+from kvlink_rag.store.uses import Uses
 
 log = logging.getLogger(__name__)
-USES_KEPT_S = 60.0  # how long last uses may be known to this process alone
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LOOKED_OVER_S = 60.0  # how often a writer looks over all rows for entries whose time is over
 _INDEX_FAILED = (sqlite3.Error, Timeout, ValueError)  # ValueError: text that is none, after flipped bits
 _FAILED = (OSError, MemoryError, *_INDEX_FAILED)
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -65,18 +68,15 @@ class DiskStore:
     ):
         self.folder = Path(folder).absolute()
         self.max_bytes, self.ttl_s = max_bytes, ttl_s
-        self.counters = Counters()
         self._files = EntryFiles(self.folder, ttl_s)
-        self.read_only = False
+        self.counters, self.read_only = Counters(), False
         self._integrity_key, self._lock_wait_s = integrity_key, lock_wait_s
-        self._uses: dict[str, float] = {}  # key -> when it was last read, not yet in the rows
-        self._uses_flushed = time.monotonic()
+        self._uses, self._looked_over = Uses(), time.monotonic()
         self._said: set[str] = set()
         self._cache: Cache | None = None
         if os.path.expandvars(os.path.expanduser(self.folder)) != str(self.folder):
             raise BadInput(f"the store's path {self.folder} holds a variable ($ or ~); choose another name")
-        with NO_FORK:
-            self._cache = self._open()
+        self._cache = self._open()
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -92,7 +92,8 @@ class DiskStore:
                 return None
             raise NotAStore(f"{self.folder} cannot be used as a KV store: {error.strerror}") from error
         try:
-            cache = open_index(self.folder)
+            with NO_FORK:
+                cache = open_index(self.folder)
         except Damaged as error:
             log.warning("the KV index of %s is damaged (%s); it is rebuilt from the entries", self.folder, error)
             return self._rebuild()
@@ -109,8 +110,7 @@ class DiskStore:
     def _rebuild(self, *, sound: bool = True) -> Cache | None:
         with self._writing():
             try:
-                # another process may have been quicker
-                cache = open_index(self.folder) if sound else new_index(self.folder)
+                cache = open_index(self.folder) if sound else new_index(self.folder)  # another may have been quicker
             except Damaged:
                 cache = new_index(self.folder)
             if cache is not None:
@@ -134,7 +134,7 @@ class DiskStore:
             self._say("memory", f"no memory left to read entries of {self.folder}: their KV is computed again")
             return None
         if entry is not None:
-            self._uses[key] = time.time()
+            self.touch(key)
         return entry
 
     def _read(self, key: str) -> memoryview | None:
@@ -224,17 +224,20 @@ class DiskStore:
             raise StoreFull(f"one entry of {len(entry):,} bytes is beyond the store's budget of {self.max_bytes:,}")
         if self._cache is None:
             raise StoreFull(f"no room left on the disk of {self.folder}; free some and open the store again")
-        with self._writing():
+        with self._turn():
             try:
-                self._make_room(len(entry))
-                self._cache.set(key, entry, expire=self.ttl_s, tag=tag)
+                with making_changes(self._cache):
+                    self._make_room(len(entry))
+                written = self._cache.disk.write(key, entry)  # meanwhile other threads read, and fork
+                with making_changes(self._cache):
+                    self._cache.set(key, written, expire=self.ttl_s, tag=tag)
             except _FAILED as error:
                 self._tidy(key)
-                if getattr(error, "errno", None) in _NO_ROOM or is_full(error):
+                if is_full(error):
                     raise StoreFull(f"no room left on the disk of {self.folder}: {error}") from error
                 reason = "no memory left" if isinstance(error, MemoryError) else error
                 raise CannotStore(f"an entry could not be written to {self.folder}: {reason}") from error
-        self._uses.pop(key, None)
+        self._uses.forget(key)
 
     def quarantine(self, key: str, reason: str, entry: memoryview | bytes) -> None:
         """Take an entry that failed verification out of use: the bytes that were read, unless they were replaced."""
@@ -259,7 +262,9 @@ class DiskStore:
 
     def touch(self, key: str) -> None:
         """Note that an entry was used by somebody who holds a copy of it."""
-        self._uses[key] = time.time()
+        self._uses.note(key)
+        if self._uses.are_due:
+            self._write_uses()
 
     def verify(self) -> tuple[int, list[str]]:
         """Check every entry; drop those that fail, and make rows and files agree. Returns (sound, dropped keys)."""
@@ -294,31 +299,36 @@ class DiskStore:
 
     def close(self) -> None:
         if self._cache is not None:
-            with contextlib.suppress(CannotStore, *_INDEX_FAILED), self._writing(0.0):
-                self._flush_uses()
+            self._write_uses()
             self._cache.close()
 
     # -- inside ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _writing(self, wait_s: float | None = None) -> Iterator[None]:
+    def _turn(self, wait_s: float | None = None) -> Iterator[None]:
         """One's turn to write. Raises CannotStore."""
         self._place.check(CannotStore)
-        with writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s) as killed, NO_FORK:
-            self._roll_back()  # what an earlier failure may have left open
+        with writer_lock(self.folder / "lock", self._lock_wait_s if wait_s is None else wait_s) as killed:
             if killed and self._cache is not None:
-                with contextlib.suppress(*_FAILED):
+                with making_changes(self._cache), contextlib.suppress(*_FAILED):
                     reconcile(self._cache, self.folder, self.ttl_s)  # what the last writer left, who was killed
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self, wait_s: float | None = None) -> Iterator[None]:
+        """One's turn, and no reader of this process meanwhile. Raises CannotStore."""
+        with self._turn(wait_s), making_changes(self._cache):
             yield
 
     def _make_room(self, num_bytes: int) -> None:
         """Evict the least recently used entries until num_bytes fit the budget. Raises StoreFull."""
         assert self._cache is not None
-        is_due = time.monotonic() - self._uses_flushed > USES_KEPT_S
+        is_due = time.monotonic() - self._looked_over > _LOOKED_OVER_S
+        self._looked_over = time.monotonic() if is_due else self._looked_over
         self._expire(all_rows=is_due)
         over = self.size_bytes() + num_bytes - self.max_bytes
-        if over > 0 or is_due:
-            self._flush_uses()
+        if over > 0 or self._uses.are_due:
+            self._uses.write(self._cache)
         while over > 0:
             query = f"SELECT key, size FROM Cache WHERE {IS_OURS} ORDER BY access_time LIMIT 256"
             victims = []
@@ -348,21 +358,17 @@ class DiskStore:
             self._expire()
             return key in set(self.keys()) and self._read(key) is None
 
-    def _flush_uses(self) -> None:
-        """Write when entries were last used into their rows: once a minute, never a write per read."""
-        assert self._cache is not None
-        uses, self._uses, self._uses_flushed = self._uses, {}, time.monotonic()
-        if uses:
-            with self._cache.transact():
-                self._cache._con.executemany(
-                    "UPDATE Cache SET access_time = ? WHERE key = ?", [(used, key) for key, used in uses.items()]
-                )
+    def _write_uses(self) -> None:
+        """Let all processes know of them; where one writes just now, with the next use: a reader waits for none."""
+        if self._cache is not None:
+            with contextlib.suppress(CannotStore, *_FAILED), self._writing(0.0):
+                self._uses.write(self._cache)
 
     def _remove(self, keys: list[str]) -> int:
         """Remove files, then rows; how many entries there were. A row that cannot be removed names no file: a miss."""
         removed = self._files.remove(keys)
         for key in keys:
-            self._uses.pop(key, None)
+            self._uses.forget(key)
         if self._cache is None:
             return len(removed)
         try:
@@ -371,27 +377,19 @@ class DiskStore:
                     if self._cache._sql("DELETE FROM Cache WHERE key = ?", (key,)).rowcount:
                         removed.add(key)
         except (MemoryError, *_INDEX_FAILED) as error:
-            self._roll_back()
+            roll_back(self._cache)
             log.warning("the KV index of %s cannot be written (%s); the entries' files are deleted", self.folder, error)
         return len(removed)
 
     def _tidy(self, key: str) -> None:
         """After a write that failed: no half transaction, and no file that the index does not know."""
-        self._roll_back()
-        with contextlib.suppress(*_FAILED, CorruptEntry):
+        with making_changes(self._cache), contextlib.suppress(*_FAILED, CorruptEntry):
             assert self._cache is not None
             row = self._cache._sql("SELECT filename FROM Cache WHERE key = ?", (key,)).fetchone()
             kept = None if row is None else self._cache.disk.contained(row[0])
             for path in self._files.of(key):
                 if path != kept:
                     path.unlink(missing_ok=True)
-
-    def _roll_back(self) -> None:
-        if self._cache is None:
-            return
-        with contextlib.suppress(sqlite3.Error):
-            if self._cache._con.in_transaction:
-                self._cache._con.execute("ROLLBACK")
 
     def _say(self, subject: str, message: str) -> None:
         """Warn once about each subject."""

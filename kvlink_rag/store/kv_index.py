@@ -7,11 +7,12 @@ whatever a killed writer left is taken in or swept away.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from diskcache.core import DEFAULT_SETTINGS, METADATA
 from kvlink_rag.errors import CorruptEntry, NotAStore
 from kvlink_rag.store.files import entry_files, read_header
 from kvlink_rag.store.kvdisk import MODE_BINARY, KVDisk, key_of_file, sync_folder
+from kvlink_rag.store.lock import NO_FORK
 
 log = logging.getLogger(__name__)
 DATABASE = "cache.db"
@@ -42,6 +44,7 @@ IS_OURS = "raw = 1 AND typeof(key) = 'text' AND length(key) = 64 AND key NOT GLO
 _IS_OVER = "(expire_time <= :now OR store_time + :ttl_s <= :now)"  # where there is no ttl_s, as it was put
 _COLUMNS = "key, raw, store_time, expire_time, access_time, tag, size, mode, filename, value"
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 
 
@@ -71,8 +74,10 @@ def open_index(folder: Path) -> Cache | None:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether the rows could not be written for want of room."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+    """Whether an entry or its row could not be written for want of room."""
+    return (
+        getattr(error, "errno", None) in _NO_ROOM or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+    )
 
 
 def _patiently(opening: Callable[[], Cache]) -> Cache:
@@ -150,6 +155,26 @@ def reconcile(cache: Cache, folder: Path, ttl_s: float | None) -> int:
             cache._sql("DELETE FROM Cache WHERE key = ?", (key,))
         cache._sql("UPDATE Settings SET value = (SELECT COALESCE(SUM(size), 0) FROM Cache) WHERE key = 'size'")
     return swept
+
+
+@contextlib.contextmanager
+def making_changes(cache: Cache | None) -> Iterator[None]:
+    """SQLite to oneself: no other thread uses it, no child is born, and no transaction stays open."""
+    with NO_FORK:
+        roll_back(cache)
+        try:
+            yield
+        finally:
+            roll_back(cache)
+
+
+def roll_back(cache: Cache | None) -> None:
+    """End a transaction that failed."""
+    if cache is None:
+        return
+    with contextlib.suppress(sqlite3.Error):
+        if cache._con.in_transaction:
+            cache._con.execute("ROLLBACK")
 
 
 def read_entry(cache: Cache, key: str, ttl_s: float | None) -> memoryview | None:

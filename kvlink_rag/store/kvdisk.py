@@ -1,7 +1,7 @@
 """diskcache's serialisation, narrowed to what is safe: hex keys, entry bytes, one file each. No pickle.
 
 diskcache 5.6.3 falls back to pickle for unknown types (CVE-2025-69872); this `Disk` has no such path:
-any key but a 64-digit hex string, any value but bytes and any row of another mode is refused.
+any key but a 64-digit hex string, any value but a file of entry bytes and any row of another mode is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import secrets
 import stat
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diskcache import UNKNOWN, Disk
 
@@ -25,6 +25,13 @@ MODE_BINARY = 2  # diskcache's number for "bytes in a file"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"([0-9a-f]{2})/([0-9a-f]{64})\.[0-9a-f]{16}\.kv")
 _NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
+
+
+class Written(NamedTuple):
+    """An entry file of which no row speaks yet."""
+
+    name: str
+    size: int
 
 
 class KVDisk(Disk):  # type: ignore[misc]
@@ -40,15 +47,21 @@ class KVDisk(Disk):  # type: ignore[misc]
             raise CorruptEntry("a row of the KV index has no hex key")
         return str(key)
 
-    def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str, None]:
-        if read or not isinstance(value, bytes):
+    def write(self, key: Any, value: Any) -> Written:
+        """Put an entry's bytes into a file, before its row: this takes a disk's time, and nothing of SQLite."""
+        if not isinstance(value, bytes):
             raise TypeError("only entry bytes can be stored")
         key, _ = self.put(key)
         if Path(self._directory, key[:2]).is_symlink():
             raise NotADirectoryError(errno.ENOTDIR, "a link in place of a folder of entries", key[:2])
         name = f"{key[:2]}/{key}.{secrets.token_hex(8)}.kv"
         publish(Path(self._directory, name), value)
-        return len(value), MODE_BINARY, name, None
+        return Written(name, len(value))
+
+    def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str, None]:
+        if read or not isinstance(value, Written) or key_of_file(Path(value.name)) != key:
+            raise TypeError("only an entry's file can be stored, under its key")
+        return value.size, MODE_BINARY, value.name, None
 
     def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> memoryview:
         if read or mode != MODE_BINARY or value is not None:

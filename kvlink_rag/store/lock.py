@@ -60,7 +60,8 @@ def writer_lock(path: Path, wait_s: float = WAIT_S) -> Iterator[bool]:
             raise CannotStore(f"{path} is a link, or no file, so nothing is written; remove it")
         _acquire(descriptor, path, wait_s)
         try:
-            yield _mark(descriptor, _AT_WORK)
+            with NO_FORK if fcntl is None else contextlib.nullcontext():  # threads at least take turns
+                yield _mark(descriptor, _AT_WORK)
         finally:
             if os.getpid() == pid:
                 _mark(descriptor, _DONE)
