@@ -15,6 +15,8 @@ from kvlink_rag.matching import ChunkMatcher, say_unmatched
 from kvlink_rag.prompt import Message, build_prompt
 from kvlink_rag.types import Chunk, Document, Hit
 
+NUM_TURNS = 2  # of a conversation, that tell what its last message is about
+
 
 class AskOptions(TypedDict, total=False):
     """What `ask` and `stream` take beside the question."""
@@ -115,6 +117,12 @@ def _several(documents: Any) -> Sequence[str | Document | Hit]:
     if isinstance(documents, str | Document | Hit):
         raise BadInput(f"documents must be a list, got one {type(documents).__name__}: put it into a list")
     return documents or ()
+
+
+def asked_before(messages: Sequence[Message]) -> list[str]:
+    """What the user said in the last turns before this one, as far as a search for it is helped by them."""
+    said = [_words(message.get("content")) for message in messages[:-1] if message.get("role") == "user"]
+    return [words for words in said[-NUM_TURNS:] if words.strip()]
 
 
 def _words(content: Any) -> str:

@@ -175,7 +175,7 @@ def chat(
     max_new_tokens: MaxNewTokens = GenerationSettings.max_new_tokens,
     as_json: Json = False,
 ) -> None:
-    """Ask several questions in a row; earlier turns are remembered. An empty line or Ctrl-D ends."""
+    """Ask several questions in a row; earlier turns are remembered, and help to find. An empty line or Ctrl-D ends."""
     with loaded(
         store,
         model,

@@ -11,7 +11,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from kvlink_rag.answering import Prepared, Request
-from kvlink_rag.asking import AskOptions
+from kvlink_rag.asking import AskOptions, asked_before
 from kvlink_rag.batching import Batch
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
@@ -176,8 +176,9 @@ class KVLinkRAG(KVLinkEngine):
     def stream(self, question: str | Sequence[Message], **options: Unpack[RAGOptions]) -> Iterator[Piece]:
         """Answer piece by piece; the last piece carries the whole `Answer`.
 
-        k: how many chunks to retrieve, unless `documents` says what to answer from ([]: from none). Without a system
-        message the default one is used. Everything else as in `KVLinkEngine.stream`.
+        k: how many chunks to retrieve, unless `documents` says what to answer from ([]: from none); of a conversation,
+        those nearest to the last message, or to it behind the two that the user sent before. Without a system message
+        the default one is used. Everything else as in `KVLinkEngine.stream`.
         """
         return super().stream(question, **options)  # type: ignore[misc]
 
@@ -212,8 +213,19 @@ class KVLinkRAG(KVLinkEngine):
         own = dict(options)
         k = own.pop("k", DEFAULT_K)
         if own.get("documents") is None:
-            find = partial(self.search, k=k)
+            find = partial(self._find, k=k, messages=() if isinstance(question, str) else question)
         return super()._request(question, own, started, find, default_system)
+
+    def _find(self, question: str, k: int, messages: Sequence[Message]) -> list[Hit]:
+        """The k chunks nearest to a question, or to it behind those before it: "When was it built?" says little."""
+        hits = self.search(question, k)
+        if not (before := asked_before(messages)):
+            return hits
+        by_chunk: dict[tuple[str, int], Hit] = {}
+        for hit in [*hits, *self.search("\n".join([*before, question]), k)]:
+            place = (hit.chunk.document_id, hit.chunk.position)
+            by_chunk[place] = max(by_chunk.get(place, hit), hit, key=lambda each: each.score or 0.0)
+        return sorted(by_chunk.values(), key=lambda hit: -(hit.score or 0.0))[:k]
 
     def _bind_embedder(self) -> None:
         """Make sure that the store's vectors and this embedder's belong together."""

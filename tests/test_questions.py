@@ -79,6 +79,30 @@ def test_chunks_beyond_the_window_are_left_out_lowest_scored_first(filled):
     assert answer.tokens.reused + answer.tokens.computed + 4 <= filled.model.max_positions
 
 
+def test_a_question_that_only_the_conversation_explains_finds_what_it_is_about(rag):
+    """And one that brings a subject of its own is not held to the last one's."""
+    about = {
+        "ferry": "The harbour ferry of Marrow has run every day since 1903. It carries 46 passengers and two bicycles.",
+        "mill": "The paper mill makes blue paper. It was founded in 1817 by two brothers.",
+        "pool": "The swimming pool is 25 metres long. Children pay half on Sundays.",
+        "bakery": "The bakery sells rye bread. It was founded by Ada Lind and opens at six.",
+    }
+    rag.add([Document(text, id=name) for name, text in about.items()])
+
+    def found(*said):
+        turns = [
+            {"role": role, "content": text} for text in said for role, text in (("user", text), ("assistant", "."))
+        ]
+        return rag.ask(turns[:-1], k=1, max_new_tokens=1).hits[0].chunk.document_id
+
+    assert found("When was it founded?") != "ferry"
+    assert found("Tell me about the harbour ferry of Marrow.", "When was it founded?") == "ferry"
+    assert (
+        found("Tell me about the harbour ferry of Marrow.", "How many can it carry?", "When was it founded?") == "ferry"
+    )
+    assert found("Tell me about the harbour ferry of Marrow.", "How long is the swimming pool?") == "pool"
+
+
 def test_a_chunk_that_no_window_holds_stands_in_no_other_s_way(filled):
     documents = [Document(letter * length, id=letter) for letter, length in (("a", 3000), ("b", 700), ("c", 40))]
     answer = filled.ask(QUESTION, documents=documents, max_new_tokens=4)
