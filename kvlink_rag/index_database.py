@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvlink_rag.errors import NotAStore
+from kvlink_rag.errors import CannotStore, NotAStore, StoreFull
 from kvlink_rag.store.place import Place
 
 _SCHEMA = """
@@ -45,7 +45,7 @@ class IndexDatabase:
     def __init__(self, folder: Path):
         self.lock = threading.RLock()
         self.read_only = False
-        database = folder / "index.sqlite"
+        self._file = database = folder / "index.sqlite"
         try:
             endings = ("sqlite", "sqlite-journal", "sqlite-wal", "sqlite-shm", "faiss")
             self.place = Place(folder, *(f"index.{ending}" for ending in endings))
@@ -90,18 +90,22 @@ class IndexDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it or nothing, one thread and one process at a time."""
+        """All of it or nothing, one thread and one process at a time. Raises CannotStore, StoreFull."""
         with self.lock:
             self.place.check()
-            self._connection.rollback()  # what an earlier failure may have left open
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._connection.rollback()  # what an earlier failure may have left open
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 self._connection.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 with suppress(sqlite3.Error):  # the caller learns what went wrong first
                     self._connection.rollback()
-                raise
+                if not isinstance(error, sqlite3.OperationalError):
+                    raise
+                if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                    raise StoreFull(f"no room left on the disk for a change of {self._file}; free some") from error
+                raise CannotStore(f"{self._file} cannot be changed: {error}") from error
 
     def close(self) -> None:
         """Let go of the file."""

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from kvlink_rag.errors import KVLinkError, StoreError
+from kvlink_rag.errors import KVLinkError, StoreError, StoreFull
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.types import Hit
@@ -28,7 +28,13 @@ def delete_documents(index: VectorIndex, kvs: Deletes, document_ids: Sequence[st
 
     Raises CannotStore where KV could not be removed: the documents are gone then, their KV goes at the next try.
     """
-    removed = sum(index.delete_document(document_id) for document_id in document_ids)
+    removed = 0
+    for document_id in document_ids:
+        try:
+            removed += index.delete_document(document_id)
+        except StoreFull:  # removing KV takes no room and makes some; what others share of it is encoded again
+            kvs.delete(index.keys_of(document_id))
+            removed += index.delete_document(document_id)
     delete_doomed(index, kvs)
     return removed
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import shutil
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 from store_parts import entry_files
@@ -245,3 +248,42 @@ def test_kv_of_what_callers_give_stays_until_it_is_pruned(open_rag):
     for _ in range(2):
         (source,) = rag.ask("Where is it?", documents=[SECRET], max_new_tokens=1).sources
     assert source.reused and rag.prune() == 1
+
+
+ON_A_FULL_DISK = """
+import sys
+from pathlib import Path
+from kvlink_rag import Document, KVLinkEngine
+
+disk = Path(sys.argv[2])
+with KVLinkEngine.load(sys.argv[1], disk / "store", dtype="float32") as engine:
+    engine.add_chunks({name: f"Box {name} holds red balls and a note on them. " * 8 for name in "abc"})
+filler = open(disk / "filler", "wb", buffering=0)
+try:
+    while True:
+        filler.write(bytes(512))
+except OSError:
+    pass
+with KVLinkEngine.load(sys.argv[1], disk / "store", dtype="float32") as engine:
+    print("deleted", engine.delete("b"), engine.document_ids(), len(list(engine.entries.keys())))
+"""
+
+
+def test_documents_are_deleted_from_a_full_disk(base, tmp_path):
+    """Their KV goes first then, and gives the index the room that a change of it takes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = ["unshare", "-Urm", "sh", "-c", f'mount -t tmpfs -o size=2m tmpfs {disk} && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*mounted, "true"], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    ran = subprocess.run([*mounted, sys.executable, "-c", ON_A_FULL_DISK, base, disk], capture_output=True, text=True)
+    assert "deleted 1 ['a', 'c'] 2" in ran.stdout, ran.stderr
+
+
+def test_what_cannot_be_deleted_from_a_medium_that_cannot_be_written_is_said(open_rag, tmp_path):
+    rag = open_rag(store=tmp_path / "store")
+    rag.add([SECRET])
+    rag.index._db._connection.execute("PRAGMA query_only=ON")
+    with pytest.raises(CannotStore, match=r"index\.sqlite cannot be changed: attempt to write a readonly database"):
+        rag.delete(SECRET.id)
+    assert rag.index.document_ids() == [SECRET.id]

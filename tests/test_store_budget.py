@@ -39,6 +39,18 @@ def test_the_least_recently_used_entries_make_room(tmp_path):
     store.close()
 
 
+def test_a_budget_that_was_lowered_holds_when_the_store_is_opened(tmp_path):
+    size, keys = len(entry_of((1,))), [identity_of((n,)).key for n in range(1, 6)]
+    store = DiskStore(tmp_path, max_bytes=9 * size)
+    for n, key in enumerate(keys, 1):
+        store.put(key, entry_of((n,)))
+    store.close()
+    store = DiskStore(tmp_path, max_bytes=2 * size + 10)
+    assert sorted(store.keys()) == sorted(keys[3:])
+    assert bytes_in(tmp_path) == store.size_bytes() <= store.max_bytes
+    store.close()
+
+
 def bytes_in(folder):
     """All that lies in the folders of entries, unfinished files too."""
     return sum(path.stat().st_size for path in folder.glob("??/*") if path.is_file())

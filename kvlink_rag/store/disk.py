@@ -77,6 +77,9 @@ class DiskStore:
         if os.path.expandvars(os.path.expanduser(self.folder)) != str(self.folder):
             raise BadInput(f"the store's path {self.folder} holds a variable ($ or ~); choose another name")
         self._cache = self._open()
+        if self._cache is not None and self.size_bytes() > max_bytes:  # a budget that was lowered
+            with contextlib.suppress(CannotStore), self._writing(0.0):
+                self._make_room(0)
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -336,8 +339,7 @@ class DiskStore:
                 if over > 0:
                     victims.append(key)
                     over -= size
-            evicted = self._remove(victims)
-            if not evicted:
+            if not (evicted := self._remove(victims)):
                 raise StoreFull(f"the store's budget of {self.max_bytes:,} bytes is used up and nothing can be evicted")
             self.counters.evicted += evicted
             self._say("evicted", f"the store's budget of {self.max_bytes:,} bytes is used up: old entries make room")
