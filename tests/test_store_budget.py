@@ -135,15 +135,15 @@ def test_an_entry_beyond_the_whole_budget_is_refused_and_nothing_makes_room_for_
     store.close()
 
 
-def test_a_smaller_budget_than_before_is_kept_from_the_next_write_on(tmp_path):
-    """Opening a store with another budget evicts down to it as soon as something is written."""
+def test_a_smaller_budget_than_before_is_kept_however_many_entries_there_are(tmp_path):
+    """Opening a store with another budget evicts down to it."""
     size = len(entry_of((1,)))
     for n in range(300):
         path = tmp_path / identity_of((n,)).key[:2] / f"{identity_of((n,)).key}.{n:016x}.kv"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(entry_of((n,)))
     store = DiskStore(tmp_path, max_bytes=5 * size)
-    assert len(list(store.keys())) == 300
+    assert len(list(store.keys())) == 5
     store.put(identity_of((1,)).key, entry_of((1,)))
     assert store.size_bytes() == 5 * size == sum(path.stat().st_size for path in entry_files(tmp_path))
     store.close()
