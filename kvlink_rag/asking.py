@@ -101,7 +101,12 @@ class Asking:
         if self._matcher is None or self._matcher[0] != version:
             self._matcher = (version, ChunkMatcher(self._index.texts()))
         pieces = self._matcher[1].split(text)
-        return [piece if isinstance(piece, str) else Hit(Chunk(piece[1], piece[0], 0)) for piece in pieces]
+        return [piece if isinstance(piece, str) else self._known(*piece) for piece in pieces]
+
+    def _known(self, document_id: str, text: str) -> Hit:
+        """A chunk of the store, with its place in its document and that one's metadata."""
+        chunks = (indexed.chunk for indexed in self._index.chunks_of(document_id))
+        return Hit(next((chunk for chunk in chunks if chunk.text == text), Chunk(text, document_id, 0)))
 
     def _note_unmatched(self, options: Mapping[str, Any], has_documents: bool, match: bool) -> None:
         on_unmatched = options.get("on_unmatched", "ignore")

@@ -364,8 +364,9 @@ class KVLinkEngine:
         )
 
     def _prefetch(self, job: Job, texts: Sequence[str]) -> None:
-        known = [chunk_text(text, None) for text in texts if text.strip()]
-        chunk_ids = [self.encoder.token_ids(text) for text in known]
+        longest, given = self._source.longest_chunk, (chunk_text(text, None) for text in texts if text.strip())
+        by_text = {text: ids for text in given if len(ids := self.encoder.token_ids(text)) <= longest}
+        known, chunk_ids = list(by_text), list(by_text.values())
         missing = [ids for ids in chunk_ids if not self._source.is_stored(ids)]
         owners = {
             ids: self.index.documents_with(text) for text, ids in zip(known, chunk_ids, strict=True) if ids in missing

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +31,14 @@ class Skipped:
         return f"{self.path}: {self.reason}"
 
 
-def load(sources: Iterable[str | Path | Document], max_bytes: int) -> Iterator[Document | Skipped]:
+def load(
+    sources: Iterable[str | Path | Document], max_bytes: int, known: Collection[str] = ()
+) -> Iterator[Document | Skipped]:
     """Documents of paths, texts and Documents.
 
-    A string that names an existing file or folder is a path; one with white space is a text. Raises BadInput
-    before anything is read if a path does not exist.
+    A string that names an existing file or folder is a path; one with white space is a text. known: ids of documents
+    that were read before; those of files that a folder no longer holds are named. Raises BadInput before anything is
+    read if a path does not exist.
     """
     resolved = [_resolve(source) for source in sources]
     for source in resolved:
@@ -50,6 +53,21 @@ def load(sources: Iterable[str | Path | Document], max_bytes: int) -> Iterator[D
                 yield read_file(path, max_bytes)
             except (BadDocument, MissingExtra) as error:
                 yield Skipped(str(path), str(error))
+        if source.is_dir():
+            folder = os.path.join(source.resolve(), "")
+            for gone in (name for name in known if name.startswith(folder) and _is_gone(name)):
+                yield Skipped(gone, "no such file any more; delete it from the store, too (kvlink store delete)")
+
+
+def _is_gone(name: str) -> bool:
+    """Whether there is no such file; one that may not be looked at may be there."""
+    try:
+        os.lstat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def read_file(path: Path, max_bytes: int) -> Document:

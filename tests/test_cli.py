@@ -166,6 +166,22 @@ def test_a_file_that_can_no_longer_be_read_is_said_to_be_answered_from_as_it_was
     assert kvlink("store", "delete", path, path, "--store", store)[0] == 0
 
 
+def test_a_file_that_its_folder_no_longer_holds_is_named(kvlink, tmp_path):
+    """It is still answered from; one of another folder is not meant."""
+    for name in ("a/one.txt", "a/two.txt", "ab/three.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"The box of {name} is red.")
+    store = ("--store", tmp_path / "store")
+    kvlink("add", tmp_path / "a", tmp_path / "ab", *store)
+    for name in ("a/two.txt", "ab/three.txt"):
+        (tmp_path / name).unlink()
+    code, _, err = kvlink("add", tmp_path / "a", *store)
+    gone = "no such file any more; delete it from the store, too (kvlink store delete); its earlier version stays"
+    assert code == 0 and f"{tmp_path / 'a/two.txt'}: {gone}" in err and "three" not in err
+    kvlink("store", "delete", tmp_path / "a/two.txt", *store)
+    assert "no such file" not in kvlink("add", tmp_path / "a", *store)[2]
+
+
 def test_questions_to_nobodys_documents_are_told_so(kvlink, store, tmp_path):
     """A mistyped namespace is an error and is not made; a store without documents answers with a word on it."""
     code, out, err = kvlink("ask", "Why?", "--store", store, "--namespace", "typo")

@@ -141,6 +141,12 @@ def test_prefetched_chunks_are_stored_when_the_question_comes(engine):
     assert engine.ask("when?", documents=[LIGHTHOUSE], max_new_tokens=1).sources[0].reused
 
 
+def test_what_no_window_holds_is_not_prefetched(engine):
+    engine.prefetch(["x" * engine.model.max_positions, FERRY])
+    engine.ask("why?", max_new_tokens=1)  # behind it on the one thread
+    assert len(list(engine.entries.keys())) == 1
+
+
 def test_one_stop_string_is_one_and_not_its_letters(engine):
     whole = engine.ask("why?", max_new_tokens=12, temperature=0.0).text
     assert engine.ask("why?", max_new_tokens=12, stop=f"{whole[0]}|no such text|").text == whole

@@ -391,6 +391,16 @@ def test_a_link_checkpoint_loads_only_onto_its_own_base(tmp_path, tiny):
         LinkTokens.load(tmp_path, tiny)
 
 
+def test_a_chunk_found_in_a_finished_prompt_says_where_it_stands(open_rag):
+    """Its place in its document, and that one's metadata, as after a search."""
+    rag = open_rag(chunking=ChunkSettings(max_tokens=120))
+    words = [f"Room {number} of the mill holds {number} grey sacks of flour. " for number in range(9)]
+    rag.add(Document("".join(words), id="mill", metadata={"page": 7}))
+    chunk = rag.index.chunks_of("mill")[2].chunk
+    (source,) = rag.ask(f"{chunk.text}\nHow many?", documents=[], match_documents=True, max_new_tokens=1).sources
+    assert source.hit.chunk == chunk and chunk.position == 2 and chunk.metadata == {"page": 7}
+
+
 def test_a_chunk_given_with_a_question_is_encoded_within_the_window_or_left_out(open_rag):
     """Behind a long encoding prefix it may reach beyond it, though the prompt does not."""
     rag = open_rag(encoding_prefix="x" * 1500)
