@@ -78,10 +78,11 @@ def prove(model: Any, forward: Forward) -> Proof:
 
     tolerance = TOLERANCE[model.dtype]
     for layer, ((_, value_near), (_, value_far)) in enumerate(zip(near, far, strict=True)):
-        if _error(value_near, value_far) > tolerance:
+        if (error := _error(value_near, value_far)) > tolerance:
             raise UnsupportedModel(
                 f"{name}: what layer {layer} keeps as values depends on the position (multi-head latent attention, or "
-                "a recurrent state); stored KV of this model cannot be moved"
+                f"a recurrent state; relative error {error:.2g}, allowed {tolerance:g}); "
+                f"stored KV of this model cannot be moved{_where_rounded(model.dtype)}"
             )
     positions = torch.arange(NUM_PROBE_TOKENS, device=model.device)
     groups: dict[tuple[int, Pairing] | None, list[int]] = {}
@@ -92,7 +93,7 @@ def prove(model: Any, forward: Forward) -> Proof:
             raise UnsupportedModel(
                 f"{name}: the keys of layer {layer} do not turn with the position in a known way "
                 f"(relative error {error:.2g}, allowed {tolerance:g}; next best {next_error:.2g}); "
-                "stored KV of this model cannot be moved"
+                f"stored KV of this model cannot be moved{_where_rounded(model.dtype)}"
             )
         groups.setdefault(found, []).append(layer)
     if set(groups) == {None}:
@@ -109,6 +110,13 @@ def prove(model: Any, forward: Forward) -> Proof:
     return Proof(
         Rope(rotations, len(near)), near[0][0].shape[1], near[0][0].shape[3], near[0][1].shape[3], max_positions
     )
+
+
+def _where_rounded(dtype: torch.dtype) -> str:
+    """What to try where rounding may be all that was found."""
+    if dtype == torch.float32:
+        return ""
+    return f". It may be rounding in {str(dtype).removeprefix('torch.')}: try float32 (--dtype float32)"
 
 
 def _refuse_layer_types(name: str, config: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, PROBE_ONLY, REFUSED, build, build_kind, byte_tokenizer
 
+from kvlink_rag import probe
 from kvlink_rag.errors import UnsupportedModel
 from kvlink_rag.model import LanguageModel
 from kvlink_rag.rope import Rope
@@ -123,6 +124,13 @@ def test_keys_in_bfloat16_are_rounded_twice_at_most(family):
 def test_reversed_rotation_is_proven_too():
     """NanoChat turns the other way; the probe finds the sign."""
     assert probed("nanochat-reversed").rope.rotations[0].pairing.sign == -1
+
+
+def test_what_rounding_may_have_hidden_is_said(monkeypatch):
+    """An adapter can make a model's deep layers round more than the proof allows."""
+    monkeypatch.setitem(probe.TOLERANCE, torch.bfloat16, 1e-4)
+    with pytest.raises(UnsupportedModel, match=r"relative error .*, allowed 0.0001.*rounding in bfloat16.*float32"):
+        LanguageModel(build("llama").hf.to(torch.bfloat16), byte_tokenizer())
 
 
 def test_a_model_in_bfloat16_is_proven_as_well():
