@@ -26,6 +26,7 @@ from kvlink_rag.cli_options import (
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.console import notes, progress_bar, say
 from kvlink_rag.errors import BadInput, KVLinkError
+from kvlink_rag.outputs import check_folder
 
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -168,6 +169,8 @@ def evaluate(
     from kvlink_rag.evaluation.datasets import arranged, read_data
 
     linkings = _known(linking)
+    if out is not None:
+        check_folder(out)
     if documents != "all" and not (documents.isdigit() and int(documents) >= 1):
         raise BadInput(f"--documents takes all, or a number from 1 on; got {documents!r}")
     num_documents = None if documents == "all" else int(documents)

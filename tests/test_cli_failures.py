@@ -46,3 +46,21 @@ def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(kv
         code, out, err = kvlink("bench", "ttft", "--plot", plot, "--model", tmp_path / "none")
         assert code == 1 and out == "" and is_one_line(err) and str(plot) in err and reason in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.svg"]
+
+
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_a_folder_of_results_that_cannot_be_made_is_refused_before_a_model_is_loaded(kvlink, tmp_path, data, command):
+    for out, reason in (
+        (data, "Not a directory"),
+        (data / "below", "Not a directory"),
+        (tmp_path / TOO_LONG, "File name too long"),
+        (tmp_path / "new" / TOO_LONG, "File name too long"),
+    ):
+        code, text, err = kvlink(command, "--data", data, "--out", out, "--model", tmp_path / "none")
+        assert code == 1 and text == "" and is_one_line(err) and f"{out} cannot be" in err and reason in err
+    assert [path.name for path in tmp_path.iterdir()] == [data.name]
+
+
+def test_a_store_under_a_name_too_long_is_refused_in_one_line(kvlink, tmp_path, data):
+    code, out, err = kvlink("add", data, "--store", tmp_path / TOO_LONG)
+    assert code == 1 and out == "" and is_one_line(err) and "File name too long; choose another folder" in err

@@ -29,12 +29,15 @@ def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
     """
     path = Path(folder)
     about_new = {"kvlink_store": FORMAT, "integrity_key": _key_id(integrity_key)}
-    if path.exists() and not path.is_dir():
-        raise NotAStore(f"{path} is a file; a store is a folder")
-    if path.exists():
-        Place(path, MANIFEST, LOCK, SECRET, "namespaces.lock")
-    if not (path / MANIFEST).exists():
-        _make(path, about_new)
+    try:
+        if path.exists() and not path.is_dir():
+            raise NotAStore(f"{path} is a file; a store is a folder")
+        if path.exists():
+            Place(path, MANIFEST, LOCK, SECRET, "namespaces.lock")
+        if not (path / MANIFEST).exists():
+            _make(path, about_new)
+    except OSError as error:  # a name too long, a folder above that may not be entered
+        raise NotAStore(f"no store can be in {path}: {error.strerror}; choose another folder") from error
     about = _manifest(path)
     if about.get("integrity_key", "") != about_new["integrity_key"]:
         given = "another was given" if integrity_key else "none was given"
