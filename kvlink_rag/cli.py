@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -222,6 +223,16 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
+    except (OSError, sqlite3.Error) as error:  # the machine's: a full disk, a file that somebody took away
+        notes.print(f"error: {_told(error)}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _told(error: OSError | sqlite3.Error) -> str:
+    """What the system says went wrong, and with which file, in one line."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    names = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    return " ".join(": ".join([*names, str(reason)]).split())
 
 
 if __name__ == "__main__":

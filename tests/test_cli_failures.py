@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+from contextlib import closing
 
 import pytest
 from tiny_models import build_hf, byte_tokenizer
+
+from kvlink_rag.index import VectorIndex
+from kvlink_rag.store.folder import open_folder
 
 TOO_LONG = "x" * 300
 
@@ -64,3 +70,27 @@ def test_a_folder_of_results_that_cannot_be_made_is_refused_before_a_model_is_lo
 def test_a_store_under_a_name_too_long_is_refused_in_one_line(kvlink, tmp_path, data):
     code, out, err = kvlink("add", data, "--store", tmp_path / TOO_LONG)
     assert code == 1 and out == "" and is_one_line(err) and "File name too long; choose another folder" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_disk_without_room_for_the_plot_is_one_line_behind_the_figures(kvlink, tmp_path, tiny):
+    plot = tmp_path / "times.svg"
+    plot.symlink_to("/dev/full")
+    code, out, err = kvlink(
+        "bench", "ttft", "--contexts", 1200, "--repeats", 1, "--model", tiny, "--plot", plot, "--json"
+    )
+    assert code == 1 and json.loads(out)[0]["context_tokens"] <= 1200
+    assert err.splitlines()[-1].startswith("error: ") and "No space left on device" in err.splitlines()[-1]
+
+
+def test_what_the_system_refuses_is_one_line_with_the_file(kvlink, tmp_path, data):
+    """As a name too long where a file is read; and a table that SQLite does not find in a store's index."""
+    code, out, err = kvlink("eval", "--data", tmp_path / TOO_LONG)
+    assert code == 1 and out == "" and is_one_line(err) and f"{tmp_path / TOO_LONG}: File name too long" in err
+    index = VectorIndex(open_folder(tmp_path / "store"))
+    index.close()
+    with closing(sqlite3.connect(tmp_path / "store" / "index.sqlite")) as database:
+        database.execute("ALTER TABLE documents RENAME COLUMN id TO name")
+        database.commit()
+    code, out, err = kvlink("store", "list", "--store", tmp_path / "store")
+    assert code == 1 and out == "" and is_one_line(err) and "no such column: id" in err
