@@ -143,8 +143,11 @@ def size_bytes(option: str, gib: float) -> int:
 
 
 def must_be_store(store: Path) -> None:
-    if not os.path.exists(store / "store.json"):
-        raise BadInput(f"no store in {store}; make one with: kvlink add PATH --store {store}")
+    if os.path.exists(store / "store.json"):
+        return
+    from kvlink_rag.store.folder import lost_manifest
+
+    raise BadInput(lost_manifest(store) or f"no store in {store}; make one with: kvlink add PATH --store {store}")
 
 
 def must_be_namespace(store: Path, namespace: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 from tiny_models import build_hf, byte_tokenizer
 
+from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.store.folder import open_folder
 
@@ -32,6 +33,18 @@ def data(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(row) + "\n", "utf-8")
     return path
+
+
+@pytest.fixture
+def store_of(smollm, embedder, tmp_path):
+    """Makes a store of documents whose texts are also their ids; its folder."""
+
+    def make(*texts):
+        with KVLinkRAG(smollm, embedder, tmp_path / "store") as rag:
+            rag.add(*(Document(text, id=text) for text in texts))
+        return tmp_path / "store"
+
+    return make
 
 
 def is_one_line(err):
@@ -94,3 +107,34 @@ def test_what_the_system_refuses_is_one_line_with_the_file(kvlink, tmp_path, dat
         database.commit()
     code, out, err = kvlink("store", "list", "--store", tmp_path / "store")
     assert code == 1 and out == "" and is_one_line(err) and "no such column: id" in err
+
+
+def test_ids_that_no_document_has_are_named_and_the_others_deleted(kvlink, store_of):
+    store = store_of("one", "two", "three")
+    code, out, err = kvlink("store", "delete", "text-none", "one", "none.md", "--store", store, "--json")
+    assert code == 1 and json.loads(out) == {"deleted": 1} and is_one_line(err)
+    assert f"not in {store}: text-none, none.md;" in err
+    assert json.loads(kvlink("store", "list", "--store", store, "--json")[1]) == ["three", "two"]
+
+
+@pytest.mark.parametrize("harm", ["damaged", "gone"])
+def test_a_store_whose_manifest_is_damaged_or_gone_says_how_to_get_its_documents_back(kvlink, data, store_of, harm):
+    """Every command says the same, and what it says to do helps."""
+    store = store_of("one", "two")
+    manifest = store / "store.json"
+    manifest.write_text('{"kvlink_st') if harm == "damaged" else manifest.unlink()
+    for command in (["store", "stats"], ["ask", "Why?"], ["add", data]):
+        code, out, err = kvlink(*command, "--store", store)
+        assert code == 1 and out == "" and is_one_line(err) and harm in err and "make one with" not in err
+        assert '{"kvlink_store": 1}' in err
+    manifest.write_text('{"kvlink_store": 1}')
+    assert json.loads(kvlink("store", "list", "--store", store, "--json")[1]) == ["one", "two"]
+    assert json.loads(kvlink("store", "verify", "--store", store, "--json")[1]) == {"sound": 2, "dropped": 0}
+
+
+def test_a_damaged_index_is_one_line(kvlink, store_of):
+    store = store_of("one")
+    whole = (store / "index.sqlite").read_bytes()
+    (store / "index.sqlite").write_bytes(whole[:4096] + b"\xff" * 4096 + whole[8192:])
+    code, out, err = kvlink("store", "stats", "--store", store)
+    assert code == 1 and out == "" and is_one_line(err) and "index.sqlite is damaged (" in err
