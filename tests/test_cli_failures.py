@@ -138,3 +138,8 @@ def test_a_damaged_index_is_one_line(kvlink, store_of):
     (store / "index.sqlite").write_bytes(whole[:4096] + b"\xff" * 4096 + whole[8192:])
     code, out, err = kvlink("store", "stats", "--store", store)
     assert code == 1 and out == "" and is_one_line(err) and "index.sqlite is damaged (" in err
+
+
+def test_the_questions_that_come_along_are_not_to_be_learnt_from(kvlink, tmp_path):
+    code, out, err = kvlink("train", "--data", "sample", "--out", tmp_path / "out")
+    assert code == 1 and out == "" and is_one_line(err) and "--data sample is for eval and check" in err
