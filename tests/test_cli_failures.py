@@ -143,3 +143,11 @@ def test_a_damaged_index_is_one_line(kvlink, store_of):
 def test_the_questions_that_come_along_are_not_to_be_learnt_from(kvlink, tmp_path):
     code, out, err = kvlink("train", "--data", "sample", "--out", tmp_path / "out")
     assert code == 1 and out == "" and is_one_line(err) and "--data sample is for eval and check" in err
+
+
+def test_training_tells_no_loss_before_there_is_one(kvlink, tmp_path, data, tiny):
+    options = ("--data", data, "--model", tiny, "--batch", 1, "--min-docs", 1)
+    code, out, err = kvlink("train", *options, "--steps", 1, "--out", tmp_path / "one")
+    assert code == 0 and "step 1 of 1: " in err and "tokens/s" in err and "nan" not in err + out
+    code, out, err = kvlink("train", *options, "--steps", 2, "--out", tmp_path / "two")
+    assert code == 0 and "step 2 of 2: loss " in err
