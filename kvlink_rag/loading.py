@@ -62,7 +62,7 @@ def read_file(path: Path, max_bytes: int) -> Document:
             raise BadDocument("not a regular file")
         size = status.st_size
         if size > max_bytes:
-            raise BadDocument(f"{size:,} bytes, the limit is {max_bytes:,}; split it or raise max_document_bytes")
+            raise BadDocument(too_large(size, max_bytes))
         data = path.read_bytes()
     except OSError as error:
         raise BadDocument(f"cannot be read: {error.strerror}") from error
@@ -80,6 +80,12 @@ def read_bytes(name: Path, data: bytes, document_id: str) -> Document:
     if not text.strip():
         raise BadDocument("holds no text")
     return Document(text, id=document_id, title=(title or "").strip() or name.stem.replace("-", " ").replace("_", " "))
+
+
+def too_large(num_bytes: int, max_bytes: int) -> str:
+    """Why a document of that size is not added; the limit is no option of the command."""
+    limit = "max_document_bytes (in Python: StoreSettings)"
+    return f"{num_bytes:,} bytes, the limit is {max_bytes:,}; split it, or raise {limit}"
 
 
 def _resolve(source: str | Path | Document) -> Path | Document:

@@ -11,6 +11,7 @@ import pytest
 from tiny_models import build_hf, byte_tokenizer
 
 from kvlink_rag import Document, KVLinkRAG
+from kvlink_rag.errors import BadInput
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.store.folder import open_folder
 
@@ -151,3 +152,19 @@ def test_training_tells_no_loss_before_there_is_one(kvlink, tmp_path, data, tiny
     assert code == 0 and "step 1 of 1: " in err and "tokens/s" in err and "nan" not in err + out
     code, out, err = kvlink("train", *options, "--steps", 2, "--out", tmp_path / "two")
     assert code == 0 and "step 2 of 2: loss " in err
+
+
+def test_names_that_are_allowed_are_all_told(kvlink, tmp_path, store_of, smollm, embedder):
+    """auto where a linking may be left to the checkpoint, not where linkings are compared; k where chunks are found."""
+    for command, told in (
+        (["check"], "auto, full"),
+        (["ask", "Why?", "--store", store_of("one")], "auto, full"),
+        (["eval", "--data", "sample"], "full"),
+    ):
+        code, out, err = kvlink(*command, "--linking", "foo")
+        assert code == 1 and out == "" and f"linking 'foo' is not one of {told}, plain, " in err.replace("\n", " ")
+    with KVLinkRAG(smollm, embedder, tmp_path / "store") as rag:
+        with pytest.raises(TypeError, match=r"unknown options foo; known are .*seed, k$"):
+            rag.ask("Why?", foo=1)
+        with pytest.raises(BadInput, match="'foo' is not one of auto, full"):
+            rag.ask("Why?", linking="foo")

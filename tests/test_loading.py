@@ -227,7 +227,7 @@ BAD_FILES = {
     "utf16.md": ("words".encode("utf-16"), "binary"),
     "latin.rst": ("Käse".encode("latin-1"), "UTF-8 (byte 1)"),
     "latin.html": ("<p>Käse</p>".encode("latin-1"), "UTF-8"),
-    "large.txt": (b"x" * (LIMIT + 1), f"{LIMIT + 1:,} bytes, the limit is {LIMIT:,}"),
+    "large.txt": (b"x" * (LIMIT + 1), f"{LIMIT + 1:,} bytes, the limit is {LIMIT:,}; split it, or raise max_document"),
     "no.pdf": (b"no PDF at all", "not a PDF"),
     "cut.pdf": (pdf_of("The mill")[:200], "not a PDF"),
     "nothing.pdf": (b"", "not a PDF"),
