@@ -39,6 +39,7 @@ from kvlink_rag.cli_train import train
 from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, PUBLIC, GenerationSettings
 from kvlink_rag.console import notes, progress_bar, read_line, say_plan, say_sources, show
 from kvlink_rag.errors import BadInput, KVLinkError, PromptTooLong
+from kvlink_rag.loading import SUFFIXES
 
 app = typer.Typer(
     help="Read every document once; answer from its stored KV.", no_args_is_help=True, add_completion=False,
@@ -55,7 +56,7 @@ app.command("serve")(serve)
 
 @app.command()
 def add(
-    paths: Annotated[list[Path], typer.Argument(help="Files (.txt .md .rst .html .pdf) and folders.")],
+    paths: Annotated[list[Path], typer.Argument(help=f"Files ({' '.join(SUFFIXES)}) and folders.")],
     store: Store = Path(DEFAULT_STORE),
     model: Model = DEFAULT_MODEL_NAME,
     embedder: Embedder = DEFAULT_EMBEDDER_NAME,
@@ -105,6 +106,9 @@ def add(
             )
         if report.skipped and not report.documents:
             raise KVLinkError("nothing was added: every file was skipped (reasons above)")
+        if not report.documents:
+            where = ", ".join(map(str, paths))
+            raise KVLinkError(f"nothing was added: there is no file in {where} (hidden ones are left out)")
 
 
 @app.command()

@@ -160,10 +160,12 @@ def must_be_namespace(store: Path, namespace: str) -> None:
 
 def quiet_libraries() -> None:
     """Keep libraries' bars and notices out of a command's output."""
+    import logging
     import warnings
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # a PDF that cannot be read is named with its reason by us
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -14,7 +14,7 @@ from kvlink_rag.errors import BadDocument, BadInput, MissingExtra
 from kvlink_rag.html_text import read_page
 from kvlink_rag.types import Document
 
-SUFFIXES = (".txt", ".md", ".rst", ".html", ".pdf")
+SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".html", ".htm", ".pdf")
 
 
 _LINE_OF_A_PAGE = re.compile(r"(?<!\n)\n(?![^\S\n]*\n)")  # where a page ends its lines, not where the text does
@@ -189,4 +189,6 @@ def _read_pdf(data: bytes) -> tuple[str | None, str]:
         raise BadDocument(f"not a PDF that can be read: {error}") from error
 
 
-_READERS = {".md": _read_markdown, ".html": _read_html, ".pdf": _read_pdf}
+_READERS = {
+    ".md": _read_markdown, ".markdown": _read_markdown, ".html": _read_html, ".htm": _read_html, ".pdf": _read_pdf,
+}  # fmt: skip

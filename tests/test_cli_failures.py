@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sqlite3
 from contextlib import closing
 
@@ -13,6 +14,7 @@ from tiny_models import build_hf, byte_tokenizer
 from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.errors import BadInput
 from kvlink_rag.index import VectorIndex
+from kvlink_rag.loading import load
 from kvlink_rag.store.folder import open_folder
 
 TOO_LONG = "x" * 300
@@ -168,3 +170,39 @@ def test_names_that_are_allowed_are_all_told(kvlink, tmp_path, store_of, smollm,
             rag.ask("Why?", foo=1)
         with pytest.raises(BadInput, match="'foo' is not one of auto, full"):
             rag.ask("Why?", linking="foo")
+
+
+def test_a_folder_without_files_is_said_to_have_none(kvlink, tmp_path):
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    (tmp_path / "empty" / ".hidden.txt").write_text("hidden")
+    code, out, err = kvlink("add", tmp_path / "empty", "--store", tmp_path / "store", "--json")
+    assert code == 1 and json.loads(out)["documents"] == 0
+    assert f"nothing was added: there is no file in {tmp_path / 'empty'}" in err.splitlines()[-1]
+
+
+def test_a_broken_pdf_is_told_by_us_alone(kvlink, tmp_path, caplog):
+    """The library logs what it tries before it gives up."""
+    pytest.importorskip("pypdf")
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4\n1 0 obj\n<<>>\nno end")
+    code, _, err = kvlink("add", tmp_path / "broken.pdf", "--store", tmp_path / "store")
+    lines = [line for line in err.splitlines() if "to encode" not in line]
+    assert code == 1 and len(lines) == 2 and not caplog.records
+    assert (
+        lines[0].startswith(f"skipped {tmp_path / 'broken.pdf'}: not a PDF that can be read") and "error:" in lines[1]
+    )
+
+
+def test_a_port_in_use_is_one_line(kvlink, store_of, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = kvlink("serve", "--store", store_of("one"), "--port", port)
+    assert code == 1 and out == "" and is_one_line(err) and not caplog.records
+    assert f"127.0.0.1:{port} cannot be listened on (Address already in use)" in err
+
+
+def test_htm_and_markdown_files_are_read_as_html_and_md(tmp_path):
+    (tmp_path / "a.htm").write_text("<html><head><title>Horns</title></head><body><p>Bertha</p></body></html>")
+    (tmp_path / "b.markdown").write_text("# Trams\n\nGreen ones.")
+    first, second = load([tmp_path], 1000)
+    assert (first.title, first.text.strip()) == ("Horns", "Bertha")
+    assert (second.title, second.text.strip()) == ("Trams", "Green ones.")
