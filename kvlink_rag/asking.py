@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from kvlink_rag.answering import Request
@@ -34,6 +34,12 @@ class AskOptions(TypedDict, total=False):
     seed: int | None
 
 
+def refuse_unknown(options: Iterable[str], known: Collection[str]) -> None:
+    """Raise TypeError where there are options beside the known ones."""
+    if unknown := sorted(set(options).difference(known)):
+        raise TypeError(f"unknown options {', '.join(unknown)}; known are {', '.join(known)}")
+
+
 class Asking:
     """Makes requests for one model's prompts and one namespace's chunks."""
 
@@ -51,8 +57,7 @@ class Asking:
         default_system: str | None,
     ) -> Request:
         """The question with everything the caller said, checked; linking by name. Raises BadInput, TypeError."""
-        if unknown := sorted(set(options) - AskOptions.__annotations__.keys()):
-            raise TypeError(f"unknown options {', '.join(unknown)}; known are {', '.join(AskOptions.__annotations__)}")
+        refuse_unknown(options, AskOptions.__annotations__)
         stop = options.get("stop") or ()
         settings = GenerationSettings(
             max_new_tokens=options.get("max_new_tokens", GenerationSettings.max_new_tokens),

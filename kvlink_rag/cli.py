@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,7 @@ from kvlink_rag.cli_train import train
 from kvlink_rag.config import DEFAULT_K, DEFAULT_STORE, PUBLIC, GenerationSettings
 from kvlink_rag.console import notes, progress_bar, read_line, say_plan, say_sources, show
 from kvlink_rag.errors import BadInput, KVLinkError, PromptTooLong
+from kvlink_rag.loading import SUFFIXES
 
 app = typer.Typer(
     help="Read every document once; answer from its stored KV.", no_args_is_help=True, add_completion=False,
@@ -54,7 +56,7 @@ app.command("serve")(serve)
 
 @app.command()
 def add(
-    paths: Annotated[list[Path], typer.Argument(help="Files (.txt .md .rst .html .pdf) and folders.")],
+    paths: Annotated[list[Path], typer.Argument(help=f"Files ({' '.join(SUFFIXES)}) and folders.")],
     store: Store = Path(DEFAULT_STORE),
     model: Model = DEFAULT_MODEL_NAME,
     embedder: Embedder = DEFAULT_EMBEDDER_NAME,
@@ -104,6 +106,9 @@ def add(
             )
         if report.skipped and not report.documents:
             raise KVLinkError("nothing was added: every file was skipped (reasons above)")
+        if not report.documents:
+            where = ", ".join(map(str, paths))
+            raise KVLinkError(f"nothing was added: there is no file in {where} (hidden ones are left out)")
 
 
 @app.command()
@@ -222,6 +227,16 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
+    except (OSError, sqlite3.Error) as error:  # the machine's: a full disk, a file that somebody took away
+        notes.print(f"error: {_told(error)}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _told(error: OSError | sqlite3.Error) -> str:
+    """What the system says went wrong, and with which file, in one line."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    names = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    return " ".join(": ".join([*names, str(reason)]).split())
 
 
 if __name__ == "__main__":

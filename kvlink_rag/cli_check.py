@@ -116,7 +116,8 @@ def check(
                 repeats=repeats,
                 progress=progress,
             )
-            remember_check(rag.index, rag.checked_as, rag.linking, None if verdict.is_safe else verdict.advice)
+            failure = None if verdict.is_safe else verdict.advice
+            remember_check(rag.index, rag.checked_as, rag.linking, failure, verdict.questions)
     if as_json:
         print(json.dumps(verdict.to_json()))
     else:

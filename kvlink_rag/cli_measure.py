@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ from kvlink_rag.cli_options import (
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.console import notes, progress_bar, say
 from kvlink_rag.errors import BadInput, KVLinkError
+from kvlink_rag.outputs import check_folder
 
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -46,25 +47,33 @@ def ttft(
 
     lengths = numbers("--contexts", contexts)
     if plot is not None:
-        from kvlink_rag.evaluation.report import drawing, plot_ttft
+        from kvlink_rag.evaluation.report import check_plot
 
-        drawing("plotting times")  # said now if it cannot be done, not after minutes
+        check_plot(plot)  # said now if it cannot be done, not after minutes
     language_model, link_tokens = linked_model(model, dtype, device, links)
     with progress_bar() as progress:
         rows = run_ttft(language_model, link_tokens, lengths, repeats, progress)
-    if plot is not None:
-        plot_ttft(rows, plot)
     if as_json:
         print(json.dumps(rows))
-        return
-    print("context  computed      full    linked     floor    less  x floor  KV/token      encode")
+    else:
+        print(_times(rows))
+    if plot is not None:
+        from kvlink_rag.evaluation.report import plot_ttft
+
+        plot_ttft(rows, plot)
+
+
+def _times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `run_ttft` measured, as a table."""
+    lines = ["context  computed      full    linked     floor    less  x floor  KV/token      encode"]
     for row in rows:
         seconds = "".join(f"{row[name]:>8.3f} s" for name in ("full_s", "linked_s", "floor_s"))
-        print(
+        lines.append(
             f"{row['context_tokens']:>7} {row['computed_tokens']:>9}{seconds} {row['reduction']:>6.1%} "
             f"{row['linked_over_floor']:>8.2f} {row['kv_bytes_per_token'] / 1024:>6.1f} KiB "
             f"{row['encode_tokens_per_s']:>9,.0f}/s"
         )
+    return "\n".join(lines)
 
 
 @bench_app.command()
@@ -160,6 +169,8 @@ def evaluate(
     from kvlink_rag.evaluation.datasets import arranged, read_data
 
     linkings = _known(linking)
+    if out is not None:
+        check_folder(out)
     if documents != "all" and not (documents.isdigit() and int(documents) >= 1):
         raise BadInput(f"--documents takes all, or a number from 1 on; got {documents!r}")
     num_documents = None if documents == "all" else int(documents)

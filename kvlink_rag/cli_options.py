@@ -143,8 +143,11 @@ def size_bytes(option: str, gib: float) -> int:
 
 
 def must_be_store(store: Path) -> None:
-    if not os.path.exists(store / "store.json"):
-        raise BadInput(f"no store in {store}; make one with: kvlink add PATH --store {store}")
+    if os.path.exists(store / "store.json"):
+        return
+    from kvlink_rag.store.folder import lost_manifest
+
+    raise BadInput(lost_manifest(store) or f"no store in {store}; make one with: kvlink add PATH --store {store}")
 
 
 def must_be_namespace(store: Path, namespace: str) -> None:
@@ -157,10 +160,12 @@ def must_be_namespace(store: Path, namespace: str) -> None:
 
 def quiet_libraries() -> None:
     """Keep libraries' bars and notices out of a command's output."""
+    import logging
     import warnings
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # a PDF that cannot be read is named with its reason by us
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

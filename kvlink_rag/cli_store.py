@@ -77,10 +77,12 @@ def delete(
     documents = [name.encode(errors="backslashreplace").decode() for name in dict.fromkeys(documents)]
     with _maintained(store, namespace) as (index, entries):
         known = [name if index.document_digest(name) is not None else str(Path(name).resolve()) for name in documents]
-        removed = delete_documents(index, entries, known)
-        say({"deleted": removed}, as_json)
-        if removed < len(documents):
-            raise BadInput(f"{len(documents) - removed} of {len(documents)} documents are not in {store}")
+        missing = [
+            name for name, known_as in zip(documents, known, strict=True) if index.document_digest(known_as) is None
+        ]
+        say({"deleted": delete_documents(index, entries, known)}, as_json)
+        if missing:
+            raise BadInput(f"not in {store}: {', '.join(missing)}; its ids are told by: kvlink store list")
 
 
 @store_app.command()

@@ -24,6 +24,7 @@ from kvlink_rag.cli_options import (
 from kvlink_rag.config import UNTRAINED
 from kvlink_rag.console import progress_bar, training_bar
 from kvlink_rag.errors import BadInput, KVLinkError
+from kvlink_rag.evaluation.datasets import SAMPLE
 
 if TYPE_CHECKING:
     from kvlink_rag.links import Checkpoint
@@ -258,6 +259,8 @@ def _file_and_weight(given: str) -> tuple[Path, float]:
     """FILE or FILE=WEIGHT."""
     name, equals, weight = given.rpartition("=")
     if not equals or Path(given).exists():
+        if given == SAMPLE and not Path(given).exists():
+            raise BadInput(f"--data {SAMPLE} is for eval and check, which would ask what was learnt; give a file")
         return Path(given), 1.0
     try:
         found = float(weight)

@@ -46,7 +46,8 @@ def training_bar(*, shown: bool = True) -> Iterator[Callable[[Mapping[str, Any]]
 
         def report(at: Mapping[str, Any]) -> None:
             minutes = at["seconds_left"] / 60
-            figures = f"loss {at['loss']:.3f}, {at['tokens_per_s']:,.0f} tokens/s, {minutes:.0f} min left"
+            loss = "" if at["loss"] is None else f"loss {at['loss']:.3f}, "
+            figures = f"{loss}{at['tokens_per_s']:,.0f} tokens/s, {minutes:.0f} min left"
             bar.update(task, completed=at["step"], total=at["steps"], figures=figures)
             if shown and not notes.is_terminal and (at["step"] % 20 == 0 or at["step"] == at["steps"]):
                 notes.print(f"step {at['step']} of {at['steps']}: {figures}")

@@ -69,8 +69,8 @@ class IndexDatabase:
             self.read_only = True  # and as it was made: tables of later versions are not there
         except sqlite3.DatabaseError as error:
             raise NotAStore(
-                f"{database} is damaged ({error}); restore it, or delete it and add the documents again "
-                "(their stored KV is kept and used)"
+                f"{database} is damaged ({' '.join(str(error).split())}); restore it, or delete it and add the "
+                "documents again (their stored KV is kept and used)"
             ) from error
 
     def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:

@@ -27,7 +27,7 @@ from kvlink_rag.embedder import Embedder, Vectors
 from kvlink_rag.encoding import Encoder
 from kvlink_rag.errors import BadInput, StoreFull
 from kvlink_rag.index import IndexedChunk, VectorIndex
-from kvlink_rag.loading import Skipped, load
+from kvlink_rag.loading import Skipped, load, too_large
 from kvlink_rag.maintenance import delete_doomed, retry_deletions
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.store.kv_store import KVStore
@@ -230,7 +230,7 @@ class Ingestion:
         except UnicodeEncodeError:
             return "its name, title or text holds characters that are no valid Unicode (lone surrogates)"
         limit = self._limits.max_document_bytes
-        return f"{size:,} bytes, the limit is {limit:,}; split it or raise max_document_bytes" if size > limit else None
+        return too_large(size, limit) if size > limit else None
 
     def _beyond_window(self, work: _Work) -> str | None:
         """Why a document's chunks cannot be encoded, or None."""

@@ -14,7 +14,7 @@ from kvlink_rag.errors import BadDocument, BadInput, MissingExtra
 from kvlink_rag.html_text import read_page
 from kvlink_rag.types import Document
 
-SUFFIXES = (".txt", ".md", ".rst", ".html", ".pdf")
+SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".html", ".htm", ".pdf")
 
 
 _LINE_OF_A_PAGE = re.compile(r"(?<!\n)\n(?![^\S\n]*\n)")  # where a page ends its lines, not where the text does
@@ -80,7 +80,7 @@ def read_file(path: Path, max_bytes: int) -> Document:
             raise BadDocument("not a regular file")
         size = status.st_size
         if size > max_bytes:
-            raise BadDocument(f"{size:,} bytes, the limit is {max_bytes:,}; split it or raise max_document_bytes")
+            raise BadDocument(too_large(size, max_bytes))
         data = path.read_bytes()
     except OSError as error:
         raise BadDocument(f"cannot be read: {error.strerror}") from error
@@ -98,6 +98,12 @@ def read_bytes(name: Path, data: bytes, document_id: str) -> Document:
     if not text.strip():
         raise BadDocument("holds no text")
     return Document(text, id=document_id, title=(title or "").strip() or name.stem.replace("-", " ").replace("_", " "))
+
+
+def too_large(num_bytes: int, max_bytes: int) -> str:
+    """Why a document of that size is not added; the limit is no option of the command."""
+    limit = "max_document_bytes (in Python: StoreSettings)"
+    return f"{num_bytes:,} bytes, the limit is {max_bytes:,}; split it, or raise {limit}"
 
 
 def _resolve(source: str | Path | Document) -> Path | Document:
@@ -201,4 +207,6 @@ def _read_pdf(data: bytes) -> tuple[str | None, str]:
         raise BadDocument(f"not a PDF that can be read: {error}") from error
 
 
-_READERS = {".md": _read_markdown, ".html": _read_html, ".pdf": _read_pdf}
+_READERS = {
+    ".md": _read_markdown, ".markdown": _read_markdown, ".html": _read_html, ".htm": _read_html, ".pdf": _read_pdf,
+}  # fmt: skip

@@ -110,12 +110,12 @@ def stats(index: VectorIndex, entries: DiskStore, namespace: str = "") -> dict[s
     }
 
 
-def remember_check(index: VectorIndex, checked_as: str, linking: str, failure: str | None) -> None:
-    """Keep the verdict of the last `kvlink check`; failure: what it advises if it did not pass.
+def remember_check(index: VectorIndex, checked_as: str, linking: str, failure: str | None, questions: int) -> None:
+    """Keep the verdict of the last `kvlink check`, after how many questions; failure: what it advises if not passed.
 
     checked_as: `KVLinkEngine.checked_as` of what was checked.
     """
-    verdict = {"checked_as": checked_as, "linking": linking, "failure": failure}
+    verdict = {"checked_as": checked_as, "linking": linking, "failure": failure, "questions": questions}
     index.set_meta(CHECK, json.dumps(verdict))
 
 
@@ -126,14 +126,8 @@ def warnings(index: VectorIndex, fingerprint: str, checked_as: str, linking: str
             "documents of this store were read by another recipe (model, dtype, precision, or a checkpoint's soft "
             "tokens or adapter): what a question finds is read anew, and kept beside; adding them again reads them all"
         )
-    if failure := failed_check(index, checked_as, linking):
-        yield f"the last kvlink check of this store failed: {failure}"
-
-
-def failed_check(index: VectorIndex, checked_as: str, linking: str) -> str | None:
-    """What the last check of this recipe, checkpoint and linking advises, if it did not pass."""
     verdict = json.loads(index.get_meta(CHECK) or "{}")
-    if verdict.get("checked_as") != checked_as or verdict.get("linking") != linking:
-        return None
-    failure: str | None = verdict["failure"]
-    return failure
+    if (verdict.get("checked_as"), verdict.get("linking")) == (checked_as, linking) and verdict["failure"]:
+        asked = verdict.get("questions")  # earlier versions did not keep it
+        number = f" ({asked} question{'s' * (asked > 1)})" if asked else ""
+        yield f"the last kvlink check of this store{number} failed: {verdict['failure']}"

@@ -11,7 +11,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from kvlink_rag.answering import Prepared, Request
-from kvlink_rag.asking import AskOptions, asked_before
+from kvlink_rag.asking import AskOptions, asked_before, refuse_unknown
 from kvlink_rag.batching import Batch
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import (
@@ -210,6 +210,7 @@ class KVLinkRAG(KVLinkEngine):
         find: Callable[[str], list[Hit]] | None = None,
         default_system: str | None = DEFAULT_SYSTEM,
     ) -> Request:
+        refuse_unknown(options, RAGOptions.__annotations__)
         own = dict(options)
         k = own.pop("k", DEFAULT_K)
         if own.get("documents") is None:

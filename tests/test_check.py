@@ -20,7 +20,7 @@ from kvlink_rag.evaluation.agreement import compare
 from kvlink_rag.evaluation.check import Exactness, LinkingCheck, Verdict, break_even, exactness
 from kvlink_rag.evaluation.ttft import median_ttfts, run_ttft
 from kvlink_rag.links import LinkTokens
-from kvlink_rag.maintenance import failed_check, remember_check
+from kvlink_rag.maintenance import remember_check, warnings
 from kvlink_rag.questions import own_questions
 
 
@@ -188,20 +188,24 @@ def test_fewer_bits_at_rest_are_what_is_checked(tiny):
 
 def test_a_store_remembers_what_its_last_check_said(tiny, tmp_path, caplog):
     with KVLinkEngine(tiny, tmp_path, linking="plain") as engine:
-        remember_check(engine.index, engine.checked_as, "plain", "plain differs too much")
-        assert failed_check(engine.index, engine.checked_as, "plain") == "plain differs too much"
-        assert failed_check(engine.index, engine.checked_as, "link_tokens") is None
-        assert failed_check(engine.index, "another recipe", "plain") is None
+        remember_check(engine.index, engine.checked_as, "plain", "plain differs too much", 2)
+        for checked_as, linking in ((engine.checked_as, "link_tokens"), ("another recipe", "plain")):
+            assert not list(warnings(engine.index, engine.fingerprint, checked_as, linking))
     with caplog.at_level(logging.WARNING):
         KVLinkEngine(tiny, tmp_path, linking="plain").close()
     assert [record.message for record in caplog.records] == [
-        "the last kvlink check of this store failed: plain differs too much"
+        "the last kvlink check of this store (2 questions) failed: plain differs too much"
     ]
+    with KVLinkEngine(tiny, tmp_path / "older", linking="plain") as engine:
+        older = {"checked_as": engine.checked_as, "linking": "plain", "failure": "it differs"}  # without their number
+        engine.index.set_meta("check", json.dumps(older))
+        told = list(warnings(engine.index, engine.fingerprint, engine.checked_as, "plain"))
+        assert told == ["the last kvlink check of this store failed: it differs"]
     caplog.clear()
     other = LinkTokens(torch.ones(1, 1, tiny.hidden_size), "other")
     KVLinkEngine(tiny, tmp_path, links=other, linking="plain").close()  # of which the check told nothing
     assert not caplog.records
     with KVLinkEngine(tiny, tmp_path, linking="full") as engine:
-        remember_check(engine.index, engine.checked_as, "plain", None)
+        remember_check(engine.index, engine.checked_as, "plain", None, 24)
     KVLinkEngine(tiny, tmp_path, linking="plain").close()
     assert not caplog.records

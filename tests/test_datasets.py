@@ -150,7 +150,14 @@ def test_the_own_form_knows_sets_that_want_summaries(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"question": 1}', "in no form known here: HotpotQA"),
+        (
+            "a.jsonl",
+            '{"question": "Why?"}',
+            r"in no form known here: question, answers, documents \(its first record is without answers and doc",
+        ),
+        ("a.jsonl", '{"text": 1}', "in no form known here: question, answers, documents, or that of HotpotQA"),
+        ("a.jsonl", "", "holds no question: it is empty"),
+        ("a.json", "[]", "holds no question: it is empty"),
         ("a.json", "[", "cannot be read as JSON"),
         ("a.jsonl", json.dumps(NQ) + "\n{", r"a.jsonl:2: no JSON"),
         ("a.jsonl", json.dumps(NQ) + "\n" + json.dumps({"ctxs": []}), r"a.jsonl:2: not a record of NaturalQuestions"),
@@ -181,6 +188,9 @@ def test_documents_are_put_in_order():
     assert {texts(shuffled)[place] for place in shuffled.gold} == {"2", "4"}
     first, last = (arranged(EXAMPLE, order=f"gold@{n}", num_documents=None, seed=0) for n in (1, 6))
     assert texts(first) == "201345" and texts(last) == "013452" and first.gold == {0, 4} and last.gold == {3, 5}
+    for order, num in (("gold@7", None), ("gold@3", 2)):  # clamped, a table would say under gold@7 what is of gold@6
+        with pytest.raises(BadInput, match=f"order {order}: there are {num or 6} documents of '{EXAMPLE.question}'"):
+            arranged(EXAMPLE, order=order, num_documents=num, seed=0)
     for order in ("backwards", "gold@0", "gold@x"):
         with pytest.raises(BadInput, match="original, shuffled, gold@N"):
             arranged(EXAMPLE, order=order, num_documents=None, seed=0)

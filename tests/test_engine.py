@@ -165,8 +165,8 @@ def test_no_system_message_may_be_said_beside_one(engine):
 
 
 def test_unknown_options_are_named(engine):
-    with pytest.raises(TypeError, match="temprature; known are documents"):
-        engine.ask("why?", temprature=1.0)
+    with pytest.raises(TypeError, match="unknown options k, temprature; known are documents"):
+        engine.ask("why?", temprature=1.0, k=2)
 
 
 async def test_an_event_loop_stays_free_and_gets_the_same_answers(engine):

@@ -16,7 +16,7 @@ import pytest
 
 from kvlink_rag import loading
 from kvlink_rag.errors import BadDocument, BadInput
-from kvlink_rag.loading import Skipped, load, read_file
+from kvlink_rag.loading import SUFFIXES, Skipped, load, read_file
 from kvlink_rag.types import Document
 
 LIMIT = 200_000
@@ -91,7 +91,7 @@ def test_a_folder_gives_its_documents_with_titles_and_says_what_it_left_out(tmp_
     assert found["c.rst"] == ("c", "Cable car\n=========\n\nIt runs daily.\n")
     assert found["d.HTML"][0].split() == ["The", "dam"] and found["d.HTML"][1] == "Dam\n\nIt is old, very."
     assert found["e.pdf"] == ("The tide mill", "The mill turns twice a day.")
-    assert skipped_of(tmp_path) == {name: "not one of .txt .md .rst .html .pdf" for name in ("Makefile", "f.docx")}
+    assert skipped_of(tmp_path) == {name: f"not one of {' '.join(SUFFIXES)}" for name in ("Makefile", "f.docx")}
     assert all(Path(document.id).is_absolute() for document in documents_of(tmp_path))
 
 
@@ -227,7 +227,7 @@ BAD_FILES = {
     "utf16.md": ("words".encode("utf-16"), "binary"),
     "latin.rst": ("Käse".encode("latin-1"), "UTF-8 (byte 1)"),
     "latin.html": ("<p>Käse</p>".encode("latin-1"), "UTF-8"),
-    "large.txt": (b"x" * (LIMIT + 1), f"{LIMIT + 1:,} bytes, the limit is {LIMIT:,}"),
+    "large.txt": (b"x" * (LIMIT + 1), f"{LIMIT + 1:,} bytes, the limit is {LIMIT:,}; split it, or raise max_document"),
     "no.pdf": (b"no PDF at all", "not a PDF"),
     "cut.pdf": (pdf_of("The mill")[:200], "not a PDF"),
     "nothing.pdf": (b"", "not a PDF"),

@@ -30,6 +30,7 @@ from kvlink_rag.kv import KV, StoredKV
 from kvlink_rag.linking import get_linking
 from kvlink_rag.links import LinkTokens, checkpoint_digest
 from kvlink_rag.model import LanguageModel
+from kvlink_rag.outputs import check_folder
 from kvlink_rag.packing import Precision
 from kvlink_rag.prompt import stop_ids
 from kvlink_rag.questions import SUMMARY, Example
@@ -86,6 +87,7 @@ class AnswerRun:
     def __init__(self, arms: Sequence[Arm], folder: Path, *, max_new_tokens: int):
         self._arms = arms
         self._settings = GenerationSettings(max_new_tokens=max_new_tokens)
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "results.jsonl"
         self.rows = read_rows(self._path)

@@ -6,6 +6,7 @@ Nothing is downloaded; give the files. Which form a file has is seen from its fi
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import zlib
@@ -19,6 +20,7 @@ from kvlink_rag.questions import SUMMARY, Example, accepted, json_lines, own_que
 from kvlink_rag.types import Document
 
 SAMPLE = "sample"
+OWN_FORM = ("question", "answers", "documents")  # as `read_examples` reads them
 DASHES = "\u2013- "  # with which MultiNews begins a summary
 ARTICLES = "story_separator_special_tag"  # between the articles of MultiNews
 MAX_EVIDENCE_WORDS = 500  # of each of TriviaQA's pages, which run to books
@@ -49,12 +51,20 @@ def read_data(source: str | Path, limit: int | None = None) -> list[Example]:
         )
     if ".src" in path.suffixes:
         return list(_multi_news(path))[:limit]
-    first = next(_records(path), (str(path), None))[1]
-    if isinstance(first, dict) and {"question", "answers", "documents"} <= first.keys():
+    records = [record for _, record in itertools.islice(_records(path), 1)]
+    if not records:
+        raise BadInput(f"{path} holds no question: it is empty")
+    first = records[0] if isinstance(records[0], dict) else {}
+    if first.keys() >= set(OWN_FORM):
         return read_examples(path, limit)
-    known = next((row for row in FORMATS if isinstance(first, dict) and row.is_it(first)), None)
+    known = next((row for row in FORMATS if row.is_it(first)), None)
     if known is None:
-        raise BadInput(f"{path} is in no form known here: {', '.join(row.name for row in FORMATS)}")
+        missing = [name for name in OWN_FORM if name not in first]
+        without = f" (its first record is without {' and '.join(missing)})" if len(missing) < len(OWN_FORM) else ""
+        raise BadInput(
+            f"{path} is in no form known here: {', '.join(OWN_FORM)}{without}, or that of "
+            f"{', '.join(row.name for row in FORMATS)}"
+        )
     found: list[Example] = []
     for where, record in _records(path):
         try:
@@ -83,8 +93,13 @@ def arranged(example: Example, *, order: str, num_documents: int | None, seed: i
     elif kind == "gold" and number.isdigit() and int(number) >= 1:
         gold = next((place for place in places if place in example.gold), None)
         if gold is not None:
+            if int(number) > len(places):
+                raise BadInput(
+                    f"order {order}: there are {len(places)} documents of {example.question!r}; give a place from 1 to "
+                    f"{len(places)}, or leave examples of so few documents out of the file"
+                )
             places.remove(gold)
-            places.insert(min(int(number) - 1, len(places)), gold)
+            places.insert(int(number) - 1, gold)
     elif order != "original":
         raise BadInput(f"order {order!r} is not one of original, shuffled, gold@N")
     gold_now = frozenset(now for now, place in enumerate(places) if place in example.gold)

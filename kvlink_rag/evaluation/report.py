@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvlink_rag.errors import MissingExtra
+from kvlink_rag.errors import BadInput, MissingExtra
 from kvlink_rag.evaluation.answers import summary
 from kvlink_rag.evaluation.paired import differences, paired_table
 from kvlink_rag.evaluation.scores import interval
+from kvlink_rag.outputs import check_file
 
 Row = Mapping[str, Any]
 COLUMNS = (("accuracy", "accuracy", 100), ("exact_match", "exact", 100), ("f1", "F1", 100), ("rouge_l", "ROUGE-L", 100),
@@ -62,6 +63,14 @@ def plot_ttft(rows: Sequence[Row], path: Path) -> Path:
     axes.set_ylabel("seconds to the first token")
     axes.set_xlim(left=0)
     return _saved(figure, axes, path)
+
+
+def check_plot(path: Path) -> None:
+    """Raise MissingExtra where nothing can be drawn, BadInput where no such plot can be written to `path`."""
+    kinds = drawing("plotting times").Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise BadInput(f"{path} is no file of a kind that plots are written as: {', '.join(sorted(kinds))}")
+    check_file(path)
 
 
 def drawing(what: str) -> Any:

@@ -52,5 +52,7 @@ def resolve_linking(name: str, has_links: bool) -> str:
     """What "auto" stands for: link tokens where trained ones are at hand. Other names stay. Raises BadInput."""
     if name == AUTO:
         return "link_tokens" if has_links else WITHOUT_TRAINING
+    if name.partition("@")[0] not in LINKINGS:
+        raise BadInput(f"linking {name!r} is not one of {', '.join((AUTO, *LINKINGS))}")
     get_linking(name)
     return name

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ipaddress
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET
+from socket import socket as Socket
 from typing import Any
 
 import uvicorn
@@ -69,11 +72,7 @@ def serve(
         timeout_graceful_shutdown=int(settings.drain_s),
         ws="none",
     )
-    try:
-        socket = config.bind_socket()
-        socket.listen(config.backlog)  # whoever comes before the loop runs waits, and is not refused
-    except (SystemExit, OSError):
-        raise BadInput(f"{host}:{port} cannot be listened on; is another server there? Choose another --port") from None
+    socket = _listening(host, port, config.backlog)
     name = f"[{host}]" if ":" in host else host
     try:
         on_start(f"http://{name}:{socket.getsockname()[1]}")
@@ -84,3 +83,23 @@ def serve(
         pass
     finally:
         socket.close()
+
+
+def _listening(host: str, port: int, backlog: int) -> Socket:
+    """A socket that is listened on: whoever comes before the loop runs waits, and is not refused. Raises BadInput.
+
+    uvicorn's own way would log the reason beside our line, and exit.
+    """
+    with ExitStack() as undone:
+        try:
+            socket = undone.enter_context(Socket(AF_INET6 if ":" in host else AF_INET))
+            socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+            socket.bind((host, port))
+            socket.listen(backlog)
+        except OSError as error:
+            raise BadInput(
+                f"{host}:{port} cannot be listened on ({error.strerror}); is another server there? Choose another "
+                "--port or --host"
+            ) from None
+        undone.pop_all()
+    return socket

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from kvlink_rag.store.place import Place
 
 MANIFEST, LOCK = "store.json", "store.lock"
 FORMAT = 1
+_RESTORE = (  # format 1 is the only one so far; a later one must tell which it was
+    f'restore it from a copy, or write {{"kvlink_store": {FORMAT}}} into it: documents are kept, budget and precision '
+    "are those of a new store, KV that an integrity key sealed is lost"
+)
 log = logging.getLogger(__name__)
 
 
@@ -29,12 +34,15 @@ def open_folder(folder: str | Path, integrity_key: bytes | None = None) -> Path:
     """
     path = Path(folder)
     about_new = {"kvlink_store": FORMAT, "integrity_key": _key_id(integrity_key)}
-    if path.exists() and not path.is_dir():
-        raise NotAStore(f"{path} is a file; a store is a folder")
-    if path.exists():
-        Place(path, MANIFEST, LOCK, SECRET, "namespaces.lock")
-    if not (path / MANIFEST).exists():
-        _make(path, about_new)
+    try:
+        if path.exists() and not path.is_dir():
+            raise NotAStore(f"{path} is a file; a store is a folder")
+        if path.exists():
+            Place(path, MANIFEST, LOCK, SECRET, "namespaces.lock")
+        if not (path / MANIFEST).exists():
+            _make(path, about_new)
+    except OSError as error:  # a name too long, a folder above that may not be entered
+        raise NotAStore(f"no store can be in {path}: {error.strerror}; choose another folder") from error
     about = _manifest(path)
     if about.get("integrity_key", "") != about_new["integrity_key"]:
         given = "another was given" if integrity_key else "none was given"
@@ -52,13 +60,22 @@ def _make(path: Path, about: dict[str, Any]) -> None:
     try:
         is_taken = path.exists() and any(not _is_beginning(file.name) for file in path.iterdir())
         if is_taken and not manifest.exists():  # looked for last: it is there before all other files
-            raise NotAStore(f"{path} holds other files and is no kvlink store; choose an empty or new folder")
+            reason = f"{path} holds other files and is no kvlink store; choose an empty or new folder"
+            raise NotAStore(lost_manifest(path) or reason)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with writer_lock(path / LOCK):
             if not manifest.exists():
                 replace(manifest, json.dumps(about).encode())
     except (OSError, CannotStore) as error:
         raise NotAStore(f"no store can be made in {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def lost_manifest(path: Path) -> str | None:
+    """What to do about a folder that holds a store's files without what marks it as one; None for any other."""
+    is_lost = not os.path.exists(path / MANIFEST) and all(
+        os.path.exists(path / name) for name in ("index.sqlite", "kv")
+    )
+    return f"{path} holds a store, but its {MANIFEST} is gone; {_RESTORE}" if is_lost else None
 
 
 def _is_beginning(name: str) -> bool:
@@ -100,8 +117,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     manifest = path / MANIFEST
     try:
         about = json.loads(manifest.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise NotAStore(f"{manifest} cannot be read: {error}") from error
+    except OSError as error:
+        raise NotAStore(f"{manifest} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise NotAStore(f"{manifest} is damaged ({error}); {_RESTORE}") from error
     if not isinstance(about, dict) or about.get("kvlink_store") != FORMAT:
         raise NotAStore(f"{path} is a store of another version, or none of ours; choose another folder")
     budget = about.get("max_bytes", DEFAULT_MAX_BYTES)

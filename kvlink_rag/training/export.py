@@ -17,6 +17,7 @@ from kvlink_rag.compute import Job, compute
 from kvlink_rag.errors import BadInput
 from kvlink_rag.links import Checkpoint, holds_parts
 from kvlink_rag.model import LanguageModel, weights_digest
+from kvlink_rag.outputs import check_folder
 from kvlink_rag.questions import Example
 from kvlink_rag.training.learner import Learner
 from kvlink_rag.training.start import copy_checkpoint, make_learner
@@ -29,7 +30,8 @@ START = "start"  # in OUT/run: the checkpoint that the run starts from
 
 
 def check_out(out: Path, resume: bool) -> None:
-    """Raise BadInput where `out` holds something else than is asked for, before anything is read or computed."""
+    """Raise BadInput where `out` cannot be made, or holds something else than is asked for; nothing is computed yet."""
+    check_folder(out)
     if resume:
         begun_with(out)
     elif has_begun(out) or (out / "run" / "trainer").exists():

@@ -27,7 +27,8 @@ SECONDS = "seconds.json"  # beside it: how long the run had taken by then, all i
 _AFTER_DIVERGING = (
     "start anew in another folder, with a lower learning rate or in float32; --export writes what was saved before"
 )
-Report = Callable[[Mapping[str, Any]], None]  # step, steps, loss, tokens_per_s, seconds_left
+# step, steps, loss (None until one is logged, behind the first step), tokens_per_s, seconds_left
+Report = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +222,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, settings: TrainSettings, report: Report):
         self._settings, self._report = settings, report
-        self._loss = float("nan")
+        self._loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = self._saved = time.monotonic()
