@@ -287,3 +287,23 @@ def test_what_cannot_be_deleted_from_a_medium_that_cannot_be_written_is_said(ope
     with pytest.raises(CannotStore, match=r"index\.sqlite cannot be changed: attempt to write a readonly database"):
         rag.delete(SECRET.id)
     assert rag.index.document_ids() == [SECRET.id]
+
+
+@pytest.mark.parametrize("meanwhile", ["updates", "deletes"])
+@pytest.mark.parametrize("has_kv", [True, False])
+def test_what_another_process_makes_of_a_document_while_it_is_added_stays(open_rag, meanwhile, has_kv):
+    """Its chunks keep their own keys and lengths, and their KV; nothing else is stored."""
+    old = Document("The first version says that the boiler holds 40 litres.", id="boiler")
+    new = Document("The second version says that the boiler holds 90 litres of water.", id="boiler")
+    rag, other = open_rag(), open_rag()
+    rag.add([OTHER, old])
+    if not has_kv:  # evicted, say
+        rag.entries.delete([chunk.kv_key for chunk in rag.index.chunks_of("boiler")])
+    act = {"updates": lambda plan: other.add(new), "deletes": lambda plan: other.delete("boiler")}[meanwhile]
+    rag.add(old, on_plan=act)
+    chunks = rag.index.chunks_of("boiler")
+    assert [chunk.chunk.text for chunk in chunks] == ([new.text] if meanwhile == "updates" else [])
+    for chunk in chunks:
+        token_ids = rag.encoder.token_ids(chunk.chunk.text)
+        assert (chunk.kv_key, chunk.num_tokens) == (rag.kvs.key(token_ids), len(token_ids))
+    assert set(rag.entries.keys()) == rag.index.live_keys()

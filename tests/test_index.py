@@ -6,7 +6,6 @@ import contextlib
 import random
 import resource
 import sqlite3
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -133,39 +132,6 @@ def test_a_failed_change_changes_nothing(index):
     with pytest.raises(sqlite3.IntegrityError):
         index.replace_document("one", "new", None, {}, [chunk, bad], vectors_of(2, 3))
     assert index.document_digest("one") == "d" and best(index, 1) == "text 1" and best(index, 2) is None
-
-
-class _Looked(dict):
-    """Metadata that somebody looks at the index meanwhile, when it is written: in the middle of a change."""
-
-    def __init__(self, look):
-        super().__init__(of="one")
-        self._look = look
-
-    def items(self):
-        self._look()
-        return super().items()
-
-
-def test_another_thread_sees_a_document_before_or_after_its_update_never_half(index):
-    """No read finds it without chunks, and the KV that it shares is never without a reference."""
-    add(index, "one", 1, 2)
-    seen: list[object] = []
-
-    def read():
-        seen.append((index.unreferenced([f"{1:064x}"]), [c.chunk.text for c in index.chunks_of("one")]))
-        seen.append((index.counts(), index.live_keys(), index.keys_of("one")))
-
-    reader = threading.Thread(target=read)
-
-    def look():
-        reader.start()
-        reader.join(0.5)  # who waits for the change comes after it
-
-    chunks = index.chunks_of("one")[:1]
-    index.replace_document("one", "new", None, _Looked(look), chunks, vectors_of(1))
-    reader.join()
-    assert seen == [([], ["text 1"]), ((1, 1, 3), {f"{1:064x}"}, [f"{1:064x}"])]
 
 
 @contextlib.contextmanager

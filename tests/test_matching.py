@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvlink_rag import ChunkSettings, Document
 from kvlink_rag.matching import ChunkMatcher
 
 TOTAL = "The agreed invoice total for this project is 100"
@@ -60,3 +61,13 @@ def test_chunks_of_a_script_without_spaces_are_found_at_the_ends_of_sentences():
     chunk = "渡船每天早上九点开往格雷霍尔姆岛。船票在码头的小屋里出售。冬天停航三个月。春天再次启航"
     assert texts(ChunkMatcher([("ferry", chunk)]), f"注意。{chunk}。谢谢") == ["ferry"]
     assert texts(ChunkMatcher([("ferry", chunk)]), f"{chunk}谢谢") == []
+
+
+def test_a_chunk_found_in_a_finished_prompt_says_where_it_stands(open_rag):
+    """Its place in its document, and that one's metadata, as after a search."""
+    rag = open_rag(chunking=ChunkSettings(max_tokens=120))
+    words = [f"Room {number} of the mill holds {number} grey sacks of flour. " for number in range(9)]
+    rag.add(Document("".join(words), id="mill", metadata={"page": 7}))
+    chunk = rag.index.chunks_of("mill")[2].chunk
+    (source,) = rag.ask(f"{chunk.text}\nHow many?", documents=[], match_documents=True, max_new_tokens=1).sources
+    assert source.hit.chunk == chunk and chunk.position == 2 and chunk.metadata == {"page": 7}

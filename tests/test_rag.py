@@ -98,26 +98,6 @@ def test_deleting_a_document_deletes_its_kv_but_not_what_another_shares(rag):
     assert rag.stats()["entries"] == 0
 
 
-@pytest.mark.parametrize("meanwhile", ["updates", "deletes"])
-@pytest.mark.parametrize("has_kv", [True, False])
-def test_what_another_process_makes_of_a_document_while_it_is_added_stays(open_rag, meanwhile, has_kv):
-    """Its chunks keep their own keys and lengths, and their KV; nothing else is stored."""
-    old = Document("The first version says that the boiler holds 40 litres.", id="boiler")
-    new = Document("The second version says that the boiler holds 90 litres of water.", id="boiler")
-    rag, other = open_rag(), open_rag()
-    rag.add([DOCUMENTS[0], old])
-    if not has_kv:  # evicted, say
-        rag.entries.delete([chunk.kv_key for chunk in rag.index.chunks_of("boiler")])
-    act = {"updates": lambda plan: other.add(new), "deletes": lambda plan: other.delete("boiler")}[meanwhile]
-    rag.add(old, on_plan=act)
-    chunks = rag.index.chunks_of("boiler")
-    assert [chunk.chunk.text for chunk in chunks] == ([new.text] if meanwhile == "updates" else [])
-    for chunk in chunks:
-        token_ids = rag.encoder.token_ids(chunk.chunk.text)
-        assert (chunk.kv_key, chunk.num_tokens) == (rag.kvs.key(token_ids), len(token_ids))
-    assert set(rag.entries.keys()) == rag.index.live_keys()
-
-
 def test_an_interrupted_add_is_finished_by_the_next_one(open_rag):
     """Whatever stands in the index has its KV; the second add encodes only what is missing."""
     rag = open_rag()
@@ -389,16 +369,6 @@ def test_a_link_checkpoint_loads_only_onto_its_own_base(tmp_path, tiny):
         LinkTokens.load(tmp_path / "links", build("llama", seed=1))
     with pytest.raises(CheckpointMismatch, match="no link checkpoint"):
         LinkTokens.load(tmp_path, tiny)
-
-
-def test_a_chunk_found_in_a_finished_prompt_says_where_it_stands(open_rag):
-    """Its place in its document, and that one's metadata, as after a search."""
-    rag = open_rag(chunking=ChunkSettings(max_tokens=120))
-    words = [f"Room {number} of the mill holds {number} grey sacks of flour. " for number in range(9)]
-    rag.add(Document("".join(words), id="mill", metadata={"page": 7}))
-    chunk = rag.index.chunks_of("mill")[2].chunk
-    (source,) = rag.ask(f"{chunk.text}\nHow many?", documents=[], match_documents=True, max_new_tokens=1).sources
-    assert source.hit.chunk == chunk and chunk.position == 2 and chunk.metadata == {"page": 7}
 
 
 def test_a_chunk_given_with_a_question_is_encoded_within_the_window_or_left_out(open_rag):
