@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvlink_rag.errors import NotAStore
+from kvlink_rag.errors import CannotStore, NotAStore
 from kvlink_rag.index import IndexedChunk, VectorIndex
 from kvlink_rag.types import Chunk
 
@@ -166,7 +166,7 @@ def test_a_change_that_cannot_be_committed_changes_nothing(index, tmp_path, hind
     add(index, "two", 2)
     assert best(index, 1) == "text 1"
     index.save()
-    with hindrance(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+    with hindrance(index, tmp_path), pytest.raises(CannotStore):
         add(index, "one", 3, digest="d" * 300_000)
     assert {number: best(index, number) for number in expected} == {**expected, 9: None}
     add(index, "nine", 9)
@@ -182,7 +182,7 @@ def test_a_deletion_that_cannot_be_committed_leaves_the_document_found(index, tm
     """It can be deleted once nobody is in the way."""
     add(index, "one", 1)
     assert best(index, 1) == "text 1"
-    with reader_in_the_middle(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+    with reader_in_the_middle(index, tmp_path), pytest.raises(CannotStore):
         index.delete_document("one")
     assert best(index, 1) == "text 1"
     assert index.delete_document("one") and best(index, 1) is None
@@ -194,7 +194,7 @@ def test_keys_that_cannot_be_committed_stay_as_they_were(index, tmp_path, hindra
     add(index, "one", 1)
     before = index.chunks_of("one")
     chunks = [IndexedChunk(c.chunk, 5, "g" * 300_000, "a" * 64) for c in before]
-    with hindrance(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+    with hindrance(index, tmp_path), pytest.raises(CannotStore):
         index.set_keys("one", "d", chunks)
     assert index.chunks_of("one") == before
     index.set_keys("one", "d", chunks)
@@ -207,7 +207,7 @@ def test_a_search_index_that_cannot_be_saved_is_rebuilt(index, tmp_path):
     """An error while it is saved leaves no transaction open, and nothing that is believed."""
     add(index, "one", 1)
     assert best(index, 1) == "text 1"
-    with reader_in_the_middle(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+    with reader_in_the_middle(index, tmp_path), pytest.raises(CannotStore):
         index.save()
     add(index, "two", 2)
     assert [best(index, number) for number in (1, 2)] == ["text 1", "text 2"]
@@ -220,7 +220,7 @@ def test_after_a_change_that_was_not_committed_the_search_index_is_saved_again(i
     add(index, "one", 1)
     assert best(index, 1) == "text 1"
     index.save()
-    with reader_in_the_middle(index, tmp_path), pytest.raises(sqlite3.OperationalError):
+    with reader_in_the_middle(index, tmp_path), pytest.raises(CannotStore):
         add(index, "two", 2)
     assert best(index, 1) == "text 1"
     index.save()
