@@ -73,6 +73,7 @@ LAYERS = [
     ["rag", "training.train", "evaluation.forced", "evaluation.store_speed"],
     ["evaluation.answers", "evaluation.agreement", "evaluation.growth", "evaluation.ttft", "training.study"],
     ["evaluation.decode", "evaluation.ingest", "evaluation.check", "evaluation.report"],
+    ["server.refusals"],
     ["server.settings", "server.keys", "server.failures", "server.metrics", "server.page"],
     ["server.schemas", "server.stores", "server.guard", "server.body", "server.outcome"],
     ["server.scheduler", "server.jobs"],
