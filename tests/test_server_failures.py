@@ -144,6 +144,14 @@ def test_an_upload_names_what_it_added_also_texts_without_a_name(client):
         assert client.delete(f"/v1/documents/{document_id}").status_code == 200
 
 
+def test_an_upload_counts_every_file_that_it_skipped(client):
+    """What was no document, and what was one and could not be added."""
+    files = {"k.bin": b"\xff\0", "a.md": b"The mole is long.", "b.txt": b"The weir is short.", "c.md": b"\n"}
+    job = ingest(client, files=[("files", item) for item in files.items()])
+    assert job["documents"] == ["a.md", "b.txt"] and job["report"]["documents"] == 2
+    assert len(job["skipped"]) == job["report"]["skipped_files"] == 2
+
+
 def test_of_two_files_of_one_name_the_one_that_gave_way_is_named(client):
     files = [("files", (f"{folder}/README.md", f"The {folder} has a readme.".encode())) for folder in ("mill", "weir")]
     job = ingest(client, files=files)
