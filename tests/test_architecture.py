@@ -15,7 +15,7 @@ PACKAGE = Path(kvlink_rag.__file__).parent
 # Lower layers first; a module may import from layers below its own, never beside or above.
 LAYERS = [
     ["collector", "errors", "html_text"],
-    ["config", "encoding_prefix", "products", "types", "store.counters", "store.place"],
+    ["closed", "config", "encoding_prefix", "products", "types", "store.counters", "store.place"],
     [
         "adapters",
         "attention",
