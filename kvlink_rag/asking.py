@@ -58,7 +58,11 @@ class Asking:
     ) -> Request:
         """The question with everything the caller said, checked; linking by name. Raises BadInput, TypeError."""
         refuse_unknown(options, AskOptions.__annotations__)
+        if not isinstance(question, Iterable):
+            raise BadInput(f"a question is a text or a list of messages, got {type(question).__name__}")
         stop = options.get("stop") or ()
+        if not isinstance(stop, Iterable):
+            raise BadInput(f"stop must be a text or a list of texts, got {stop!r}")
         settings = GenerationSettings(
             max_new_tokens=options.get("max_new_tokens", GenerationSettings.max_new_tokens),
             temperature=options.get("temperature", GenerationSettings.temperature),
@@ -67,6 +71,8 @@ class Asking:
             seed=options.get("seed"),
         )
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        if wrong := [message for message in messages if not isinstance(message, Mapping)]:
+            raise BadInput(f"a message is a dict of role and content, got {type(wrong[0]).__name__}")
         given = [as_hit(item) for item in _several(options.get("documents"))]
         in_place: list[Hit] = []
         match = options.get("match_documents", False)
@@ -126,6 +132,8 @@ def _several(documents: Any) -> Sequence[str | Document | Hit]:
     """The documents of a question; one alone is refused, since a text is a sequence too: of letters."""
     if isinstance(documents, str | Document | Hit):
         raise BadInput(f"documents must be a list, got one {type(documents).__name__}: put it into a list")
+    if documents and not isinstance(documents, Iterable):
+        raise BadInput(f"documents must be a list, got {type(documents).__name__}")
     return documents or ()
 
 

@@ -31,6 +31,8 @@ def as_hit(item: str | Document | Hit) -> Hit:
     """A document given by the caller, as one chunk; its text is what `add_chunks` would hold for it."""
     if isinstance(item, Hit):
         return item
+    if not isinstance(item, str | Document):
+        raise BadInput(f"documents of a question are texts, Documents or Hits, got {type(item).__name__}")
     document = Document(item) if isinstance(item, str) else item
     if not document.text.strip():
         raise BadInput("a document given with the question holds no text")

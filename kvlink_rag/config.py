@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 from kvlink_rag.errors import BadInput
 
@@ -18,6 +20,13 @@ DEFAULT_PRECISION = "model"  # of KV at rest: as the model computes it
 MIN_TEMPERATURE = 1e-4  # lower ones are greedy: dividing by them would leave the range of float32
 
 
+def whole_number(name: str, value: Any) -> int:
+    """A whole number of any library as Python's own. Raises BadInput for what is none."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise BadInput(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """How an answer is generated. Greedy unless `temperature` is at least MIN_TEMPERATURE."""
@@ -29,6 +38,14 @@ class GenerationSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens))
+        for name in ("temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise BadInput(f"{name} must be a number, got {value!r}")
+        if self.seed is not None:
+            object.__setattr__(self, "seed", whole_number("seed", self.seed))
+        if wrong := [text for text in self.stop if not isinstance(text, str)]:
+            raise BadInput(f"stop must be a text or a list of texts, got {wrong[0]!r} in it")
         if self.max_new_tokens < 1:
             raise BadInput(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0.0 <= self.temperature <= 100.0:

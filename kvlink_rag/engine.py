@@ -19,6 +19,7 @@ from kvlink_rag import maintenance
 from kvlink_rag.answering import AnswerMaker, Request
 from kvlink_rag.asking import Asking, AskOptions
 from kvlink_rag.chunking import chunk_text
+from kvlink_rag.closed import Closed
 from kvlink_rag.compute import Emit, Job, compute
 from kvlink_rag.config import AUTO, DEFAULT_PRECISION, DEFAULT_STORE, PUBLIC, UNTRAINED, ChunkSettings, StoreSettings
 from kvlink_rag.default_models import DEFAULT_MODEL
@@ -317,9 +318,10 @@ class KVLinkEngine:
         return sound, len(dropped)
 
     def close(self) -> None:
-        """Let go of the store's files."""
+        """Let go of the store's files; every later use of them is refused."""
         self.index.close()
         self.entries.close()
+        self.index = self._asking = Closed(self.folder)  # type: ignore[assignment]  # raises BadInput at any use
 
     def __enter__(self) -> Self:
         return self

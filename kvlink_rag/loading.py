@@ -109,6 +109,8 @@ def too_large(num_bytes: int, max_bytes: int) -> str:
 def _resolve(source: str | Path | Document) -> Path | Document:
     if isinstance(source, Document):
         return source
+    if not isinstance(source, str | os.PathLike):
+        raise BadInput(f"documents are paths, texts or Documents, got {type(source).__name__}")
     if source == "":
         raise BadInput("an empty string is neither a path nor a text")
     path = Path(source)

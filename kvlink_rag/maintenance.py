@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from kvlink_rag.errors import KVLinkError, StoreError, StoreFull
+from kvlink_rag.errors import BadInput, KVLinkError, StoreError, StoreFull
 from kvlink_rag.index import VectorIndex
 from kvlink_rag.store.disk import DiskStore
 from kvlink_rag.types import Hit
@@ -28,6 +28,10 @@ def delete_documents(index: VectorIndex, kvs: Deletes, document_ids: Sequence[st
 
     Raises CannotStore where KV could not be removed: the documents are gone then, their KV goes at the next try.
     """
+    if wrong := [document_id for document_id in document_ids if not isinstance(document_id, str)]:
+        raise BadInput(
+            f"ids to delete are texts, each an argument of its own; got {type(wrong[0]).__name__}: delete(*ids)"
+        )
     removed = 0
     for document_id in document_ids:
         try:

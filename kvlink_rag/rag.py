@@ -22,6 +22,7 @@ from kvlink_rag.config import (
     PUBLIC,
     ChunkSettings,
     StoreSettings,
+    whole_number,
 )
 from kvlink_rag.default_models import DEFAULT_EMBEDDER, DEFAULT_MODEL
 from kvlink_rag.embedder import Embedder
@@ -146,7 +147,10 @@ class KVLinkRAG(KVLinkEngine):
         """
         items: list[str | Path | Document] = []
         for source in sources:
-            items.extend([source] if isinstance(source, str | Path | Document) else source)
+            if isinstance(source, Iterable) and not isinstance(source, str | Path | Document):
+                items.extend(source)
+            else:
+                items.append(source)  # what is none of these is refused where it is read
         self._bind_embedder()
         remember_precision(self.folder, self.precision)
         ingestion = Ingestion(
@@ -158,8 +162,11 @@ class KVLinkRAG(KVLinkEngine):
 
     def search(self, question: str, k: int = DEFAULT_K) -> list[Hit]:
         """The k chunks nearest to the question, best first; fewer if the store holds fewer."""
+        k = whole_number("k", k)
         if k < 1:
             raise BadInput(f"k must be at least 1, got {k}")
+        if not isinstance(question, str):
+            raise BadInput(f"a question to search for is a text, got {type(question).__name__}")
         if not question.strip():
             raise BadInput("the question is empty")
         if self.index.counts()[1] == 0:

@@ -6,19 +6,32 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvlink_rag.errors import BadInput
+
 
 @dataclass(frozen=True)
 class Document:
     """A text to answer from.
 
     `id` names it in the store: adding another text under the same id is an update. Without one, the
-    id is derived from the content. `title`, where given, stands as the first line of each chunk.
+    id is derived from the content. `title`, where given, stands as the first line of each chunk. Raises BadInput.
     """
 
     text: str
     id: str | None = None
     title: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise BadInput(f"a Document's text must be a str, got {type(self.text).__name__}")
+        for name in ("id", "title"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise BadInput(
+                    f"a Document's {name} must be a str or None, got {type(value).__name__}: {name}=str(...)"
+                )
+        if not isinstance(self.metadata, Mapping):
+            raise BadInput(f"a Document's metadata must be a dict, got {type(self.metadata).__name__}")
 
 
 @dataclass(frozen=True)

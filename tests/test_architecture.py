@@ -15,7 +15,7 @@ PACKAGE = Path(kvlink_rag.__file__).parent
 # Lower layers first; a module may import from layers below its own, never beside or above.
 LAYERS = [
     ["collector", "errors", "html_text"],
-    ["config", "encoding_prefix", "outputs", "products", "types", "store.counters", "store.place"],
+    ["closed", "config", "encoding_prefix", "outputs", "products", "types", "store.counters", "store.place"],
     [
         "adapters",
         "attention",
@@ -73,6 +73,7 @@ LAYERS = [
     ["rag", "training.train", "evaluation.forced", "evaluation.store_speed"],
     ["evaluation.answers", "evaluation.agreement", "evaluation.growth", "evaluation.ttft", "training.study"],
     ["evaluation.decode", "evaluation.ingest", "evaluation.check", "evaluation.report"],
+    ["server.refusals"],
     ["server.settings", "server.keys", "server.failures", "server.metrics", "server.page"],
     ["server.schemas", "server.stores", "server.guard", "server.body", "server.outcome"],
     ["server.scheduler", "server.jobs"],

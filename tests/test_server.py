@@ -209,9 +209,9 @@ CANARY = "canary-3f9a"
     [
         ({"model": "gpt-4o"}, "the model of this server"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": CANARY}]}, "messages.0.role"),
+        ({"messages": [{"role": "tool", "content": CANARY}]}, "messages[0].role"),
         ({"messages": [{"role": "assistant", "content": CANARY}]}, "the last must be the user's"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": CANARY}]}]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": CANARY}]}]}, "images are not"),
         ({"max_tokens": 10**9}, "limit is 1024"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": float("inf")}, "temperature"),

@@ -73,6 +73,61 @@ def test_what_breaks_in_the_middle_of_a_stream_is_its_last_event(server, client,
     assert client.post("/v1/chat/completions", json=server.chat()).status_code == 200
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": CANARY}}
+TEXT = {"type": "text", "text": "What is this?"}
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "says"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [TEXT, IMAGE]}]},
+            "messages[0].content[1].type",
+            "images are not read",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "is missing"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "a string or an array, got a number"),
+        ({"tools": [{"type": "function"}]}, "tools", "tool calling is not offered by this server; leave it out"),
+        ({"n": 2}, "n", "leave it out, or ask several times"),
+        ({"documents": [3]}, "documents[0]", "must be a string or an object, got a number"),
+        ({"documents": ["x", {"url": CANARY}]}, "documents[1].url", "is no field of this request; leave it out"),
+        ({"documents": [{"data": {"text": None}}]}, "documents[0].data.text", "must be a string, got null"),
+        ({"stop": ["a"] * 5}, "stop", "must have at most 4 items, not 5"),
+        ({"k": 1.5}, "k", "must be an integer, got a number with a fraction"),
+    ],
+)
+def test_a_field_that_is_refused_is_named_as_openai_names_it(server, client, change, param, says):
+    """With the form that came closest, where a field may have several; no pydantic in it."""
+    response = client.post("/v1/chat/completions", json={**server.chat(), **change})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+    assert says in error["message"] and CANARY not in response.text
+
+
+def test_a_body_that_is_no_json_is_said_to_be_none(client):
+    """At the character where it ends to be JSON, which is no name of a field."""
+    for path in ("/v1/chat/completions", "/v1/documents", "/v1/search"):
+        response = client.post(path, content="{bad", headers={"content-type": "application/json"})
+        error = response.json()["error"]
+        assert response.status_code == 400 and error["param"] is None
+        assert "the body is not valid JSON" in error["message"] and " 2)" in error["message"]
+
+
+def test_a_body_without_its_content_type_is_told_the_header(client):
+    for path in ("/v1/chat/completions", "/v1/documents", "/v1/search"):
+        for headers in ({}, {"content-type": "text/plain"}):
+            response = client.post(path, content='{"query": "ferry"}', headers=headers)
+            assert response.status_code == 415, path
+            assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+def test_metadata_of_a_wrong_kind_and_a_wrong_page_are_named_too(client):
+    upload = client.post("/v1/documents", json={"documents": [{"text": "a", "metadata": {"year": [2026]}}]})
+    assert upload.json()["error"]["param"] == "documents[0].metadata.year"
+    assert client.get("/v1/documents", params={"limit": 0}).json()["error"]["param"] == "limit"
+
+
 def test_an_upload_that_breaks_says_so_and_the_next_one_is_read(server, client, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(rag_of(server), "add", broken)
@@ -87,6 +142,14 @@ def test_an_upload_names_what_it_added_also_texts_without_a_name(client):
     assert len(job["documents"]) == 2 and job["documents"][1] == "w"
     for document_id in job["documents"]:
         assert client.delete(f"/v1/documents/{document_id}").status_code == 200
+
+
+def test_an_upload_counts_every_file_that_it_skipped(client):
+    """What was no document, and what was one and could not be added."""
+    files = {"k.bin": b"\xff\0", "a.md": b"The mole is long.", "b.txt": b"The weir is short.", "c.md": b"\n"}
+    job = ingest(client, files=[("files", item) for item in files.items()])
+    assert job["documents"] == ["a.md", "b.txt"] and job["report"]["documents"] == 2
+    assert len(job["skipped"]) == job["report"]["skipped_files"] == 2
 
 
 def test_of_two_files_of_one_name_the_one_that_gave_way_is_named(client):

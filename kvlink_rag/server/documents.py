@@ -11,6 +11,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 
 from kvlink_rag.compute import compute
@@ -61,15 +62,20 @@ async def add(request: Request) -> JSONResponse:
         limit = rag_of(request).limits.max_document_bytes
         job = services.ingestions.submit(namespace_of(request), rag_of(request), partial(read_files, files, limit))
     else:
-        raise HTTPException(415, "send application/json, or files as multipart/form-data")
+        raise HTTPException(
+            415, "send texts with the header Content-Type: application/json, or files as multipart/form-data"
+        )
     return JSONResponse(job.to_json(), 202)
 
 
 async def _texts(request: Request) -> list[Document]:
+    data = await request.body()
     try:
-        body = NewDocuments.model_validate_json(await request.body())
+        body = NewDocuments.model_validate_json(data)
     except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
+        errors = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        is_json = errors[0]["type"] != "json_invalid"
+        raise RequestValidationError(errors, body=from_json(data) if is_json else None) from None
     return [Document(item.text, item.id, item.title, dict(item.metadata)) for item in body.documents]
 
 

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from kvlink_rag.errors import BadInput, KVLinkError, StoreFull
+from kvlink_rag.server.refusals import refusal
 
 log = logging.getLogger("kvlink_rag.server")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -80,10 +81,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where or 'the body'}: {first['msg']}"[:500]
-        return JSONResponse(error_body(400, message, where or None), 400)
+        if isinstance(error.body, bytes):  # FastAPI reads no other kind
+            return JSONResponse(
+                error_body(415, "send a JSON object with the header Content-Type: application/json"), 415
+            )
+        return JSONResponse(error_body(400, *refusal(error.errors(), error.body)), 400)
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

@@ -116,4 +116,5 @@ class Ingestions:
         report = job.rag.add(documents, progress=progress)
         job.skipped += report.skipped
         job.documents = list(report.ids)
-        job.report = {name: value for name, value in report.to_json().items() if name not in ("skipped", "ids")}
+        numbers = {name: value for name, value in report.to_json().items() if name not in ("skipped", "ids")}
+        job.report = {**numbers, "skipped_files": len(job.skipped)}  # also those that gave no document to add

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 from kvlink_rag import GenerationSettings
+from kvlink_rag.errors import BadInput
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import LangSmithParams, ModelProfile
@@ -23,6 +24,10 @@ from langchain_kvlink.results import ChunkMaker, message_of
 _LOAD_OPTIONS = ("model", "store", "adapter", "links", "dtype", "device")
 _CALL_OPTIONS = ("temperature", "top_p", "seed", "linking", "reuse", "match_documents", "on_unmatched")
 _TWO_NAMES = "max_tokens and max_new_tokens are two names of one argument; give one of them"
+_NO_TOOLS = (
+    "ChatKVLink offers no tool calling (bind_tools), nor structured output, which needs it: give an agent tools=[] and "
+    "hand it documents by middleware, as the README of langchain-kvlink shows, or take another chat model for tools"
+)
 _OF_SERVICES = ("timeout", "max_retries", "api_key")  # every LangChain chat model takes them; nothing remote here
 
 
@@ -85,9 +90,13 @@ class ChatKVLink(BaseChatModel):
 
     @model_validator(mode="after")
     def _attach_engine(self) -> Self:
-        GenerationSettings(
-            max_new_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, stop=tuple(self.stop or ())
-        )
+        with _both_names():
+            GenerationSettings(
+                max_new_tokens=self.max_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                stop=tuple(self.stop or ()),
+            )
         fields = {name: getattr(self, name) for name in _LOAD_OPTIONS}
         to_load = fields if self.linking is None else {**fields, "linking": self.linking}
         if self.attached is not None:  # LangChain makes a configured model of another's fields
@@ -113,7 +122,8 @@ class ChatKVLink(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         options = self._options(messages, stop, kwargs)
-        answer = self._shared.get().ask(engine_messages(messages), **options)
+        with _both_names():
+            answer = self._shared.get().ask(engine_messages(messages), **options)
         return ChatResult(generations=[ChatGeneration(message=message_of(answer, reuse=options["reuse"]))])
 
     async def _agenerate(
@@ -125,7 +135,8 @@ class ChatKVLink(BaseChatModel):
     ) -> ChatResult:
         options = self._options(messages, stop, kwargs)
         engine = await self._shared.aget()
-        answer = await engine.aask(engine_messages(messages), **options)
+        with _both_names():
+            answer = await engine.aask(engine_messages(messages), **options)
         return ChatResult(generations=[ChatGeneration(message=message_of(answer, reuse=options["reuse"]))])
 
     def _stream(
@@ -137,13 +148,14 @@ class ChatKVLink(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         options = self._options(messages, stop, kwargs)
         maker = ChunkMaker(reuse=options["reuse"])
-        for piece in self._shared.get().stream(engine_messages(messages), **options):
-            if (message := maker.chunk(piece)) is None:
-                continue
-            chunk = ChatGenerationChunk(message=message)
-            if run_manager:
-                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        with _both_names():
+            for piece in self._shared.get().stream(engine_messages(messages), **options):
+                if (message := maker.chunk(piece)) is None:
+                    continue
+                chunk = ChatGenerationChunk(message=message)
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
 
     async def _astream(
         self,
@@ -155,14 +167,15 @@ class ChatKVLink(BaseChatModel):
         options = self._options(messages, stop, kwargs)
         maker = ChunkMaker(reuse=options["reuse"])
         engine = await self._shared.aget()
-        async with aclosing(engine.astream(engine_messages(messages), **options)) as pieces:
-            async for piece in pieces:
-                if (message := maker.chunk(piece)) is None:
-                    continue
-                chunk = ChatGenerationChunk(message=message)
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with _both_names():
+            async with aclosing(engine.astream(engine_messages(messages), **options)) as pieces:
+                async for piece in pieces:
+                    if (message := maker.chunk(piece)) is None:
+                        continue
+                    chunk = ChatGenerationChunk(message=message)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     def _options(self, messages: list[BaseMessage], stop: list[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
         """The engine's options: what the call says, else what the constructor said. Raises ValueError."""
@@ -183,6 +196,10 @@ class ChatKVLink(BaseChatModel):
         options["max_new_tokens"] = tokens[0] if tokens else self.max_tokens
         options["stop"] = stop if stop is not None else self.stop or ()
         return {**options, "documents": documents, "system": ""}  # LangChain's prompts are finished
+
+    def bind_tools(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not offered. Raises NotImplementedError, which says what to do."""
+        raise NotImplementedError(_NO_TOOLS)
 
     # -- what LangChain asks about a model ---------------------------------------------------------
 
@@ -233,3 +250,13 @@ class ChatKVLink(BaseChatModel):
     def get_token_ids(self, text: str) -> list[int]:
         """The model's own tokens of a text."""
         return list(self._shared.get().model.tokenizer.plain_ids(text))
+
+
+@contextmanager
+def _both_names() -> Iterator[None]:
+    """The engine's errors with `max_tokens` beside `max_new_tokens`: callers know the first, or both."""
+    try:
+        yield
+    except BadInput as error:
+        error.args = (str(error).replace("max_new_tokens", "max_tokens (max_new_tokens)"),)
+        raise

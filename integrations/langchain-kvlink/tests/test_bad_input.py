@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from kvlink_rag.errors import BadInput, NotAStore
+from kvlink_rag.errors import BadInput, NotAStore, PromptTooLong
+from langchain.agents import create_agent
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -137,9 +138,33 @@ def test_a_chain_that_loses_its_documents_can_be_made_to_fail(engine, added):
         chat.invoke("When?")
 
 
-def test_tools_are_refused_in_langchains_way(chat):
-    with pytest.raises(NotImplementedError):
-        chat.bind_tools([])
+def test_tools_are_refused_in_langchains_way_and_with_what_to_do(chat):
+    def tide(place: str) -> str:
+        """When the tide turns at a place."""
+        return "at six"
+
+    for ask in (
+        lambda: chat.bind_tools([]),
+        lambda: chat.with_structured_output({"title": "tide", "type": "object", "properties": {}}),
+        lambda: create_agent(chat, tools=[tide]).invoke({"messages": [("user", "When does the tide turn?")]}),
+    ):
+        with pytest.raises(NotImplementedError, match=r"offers no tool calling .* nor structured output.* tools=\[\]"):
+            ask()
+
+
+async def test_errors_name_max_tokens_as_the_caller_does(chat):
+    """At construction, in every way of calling, and in the advice for a prompt that leaves no room."""
+    with pytest.raises(ValueError, match=r"max_tokens \(max_new_tokens\) must be at least 1, got 0"):
+        ChatKVLink(max_tokens=0)
+    said = r"lower max_tokens \(max_new_tokens\)"
+    with pytest.raises(PromptTooLong, match=said):
+        chat.invoke("When?", max_tokens=10**6)
+    with pytest.raises(PromptTooLong, match=said):
+        await chat.ainvoke("When?", max_tokens=10**6)
+    with pytest.raises(PromptTooLong, match=said):
+        list(chat.stream("When?", max_tokens=10**6))
+    with pytest.raises(PromptTooLong, match=said):
+        [chunk async for chunk in chat.astream("When?", max_tokens=10**6)]
 
 
 def test_texts_without_words_are_refused_by_the_index(engine, embeddings):

@@ -1,4 +1,4 @@
-"""LangChain's own suites for integrations, nothing of them overridden."""
+"""LangChain's own suites for integrations, no test of them overridden."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ class OnTheTinyModel:
 
     @property
     def supports_model_override(self):
+        return False
+
+    @property
+    def has_tool_calling(self):
+        return False  # bind_tools is there only to say so
+
+    @property
+    def has_structured_output(self):
         return False
 
 
