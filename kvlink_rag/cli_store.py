@@ -87,7 +87,10 @@ def delete(
 
 @store_app.command()
 def prune(store: Store = Path(DEFAULT_STORE), as_json: Json = False) -> None:
-    """Delete stored KV that no document refers to, in all namespaces, and what killed writers left."""
+    """Delete stored KV that no document refers to, in all namespaces, and what killed writers left.
+
+    What an `add` that is under way has stored but not yet indexed goes, too: it is encoded again when it is needed.
+    """
     from kvlink_rag.index import VectorIndex
     from kvlink_rag.maintenance import prune_all
     from kvlink_rag.store.namespaces import namespace_folders
