@@ -21,7 +21,7 @@ from kvlink_rag.model import LanguageModel
 from kvlink_rag.prompt import Prompt
 from kvlink_rag.types import Answer, Hit, Piece, Source, Timings, TokenCounts
 
-Kept = Callable[[Hit, tuple[int, ...]], None]  # a hit and its token ids
+Kept = Callable[[Hit, tuple[int, ...], bool], None]  # a hit, its token ids, whether this store's search found it
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class AnswerMaker:
         as_stored = [len(ids) - num for ids, num in zip(prompt.chunk_ids, taken_back, strict=True)]
         if loading and request.reuse and self._kept:
             for hit, ids in itertools.compress(zip(hits, prompt.chunk_ids, strict=True), map(not_, is_reused)):
-                self._kept(hit, ids)
+                self._kept(hit, ids, request.find is not None and any(hit is each for each in given))
         num_reused = sum(itertools.compress(as_stored, is_reused))
         num_reused += len(prompt.prefix_ids) if has_prefix else 0
         sources = tuple(

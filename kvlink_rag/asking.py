@@ -16,6 +16,7 @@ from kvlink_rag.prompt import Message, build_prompt
 from kvlink_rag.types import Chunk, Document, Hit
 
 NUM_TURNS = 2  # of a conversation, that tell what its last message is about
+TURN_CHARS = 300  # of each: what was pasted is no question
 
 
 class AskOptions(TypedDict, total=False):
@@ -112,12 +113,11 @@ class Asking:
         if self._matcher is None or self._matcher[0] != version:
             self._matcher = (version, ChunkMatcher(self._index.texts()))
         pieces = self._matcher[1].split(text)
-        return [piece if isinstance(piece, str) else self._known(*piece) for piece in pieces]
-
-    def _known(self, document_id: str, text: str) -> Hit:
-        """A chunk of the store, with its place in its document and that one's metadata."""
-        chunks = (indexed.chunk for indexed in self._index.chunks_of(document_id))
-        return Hit(next((chunk for chunk in chunks if chunk.text == text), Chunk(text, document_id, 0)))
+        ids = {piece[0] for piece in pieces if not isinstance(piece, str)}
+        known = {(each, one.chunk.text): one.chunk for each in ids for one in reversed(self._index.chunks_of(each))}
+        return [
+            piece if isinstance(piece, str) else Hit(known.get(piece, Chunk(piece[1], piece[0], 0))) for piece in pieces
+        ]
 
     def _note_unmatched(self, options: Mapping[str, Any], has_documents: bool, match: bool) -> None:
         on_unmatched = options.get("on_unmatched", "ignore")
@@ -138,9 +138,9 @@ def _several(documents: Any) -> Sequence[str | Document | Hit]:
 
 
 def asked_before(messages: Sequence[Message]) -> list[str]:
-    """What the user said in the last turns before this one, as far as a search for it is helped by them."""
+    """What the user said in the last turns before this one, the latest first, as far as it helps to search for it."""
     said = [_words(message.get("content")) for message in messages[:-1] if message.get("role") == "user"]
-    return [words for words in said[-NUM_TURNS:] if words.strip()]
+    return [words[-TURN_CHARS:] for words in said[: -NUM_TURNS - 1 : -1] if words.strip()]
 
 
 def _words(content: Any) -> str:

@@ -378,13 +378,13 @@ class KVLinkEngine:
             self.entries.advise(self.kvs.key(ids))
         for text, ids in zip(known, chunk_ids, strict=True):
             for document_id in owners.get(ids, ()):
-                self._note(Hit(Chunk(text, document_id, 0), 1.0), ids)
+                self._note(Hit(Chunk(text, document_id, 0)), ids, True)
 
-    def _note(self, hit: Hit, ids: tuple[int, ...]) -> None:
+    def _note(self, hit: Hit, ids: tuple[int, ...], found: bool) -> None:
         """Let KV that was computed for a hit be deleted with its document, if that is one of the store's."""
         key = self.kvs.key(ids)
         if not self.entries.read_only and key in self.entries:
-            maintenance.note_computed(self.index, self.kvs, hit, key)
+            maintenance.note_computed(self.index, self.kvs, hit, key, found)
 
 
 def checked(job: Job, progress: Progress | None) -> Progress:

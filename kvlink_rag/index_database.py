@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,9 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
+_opened: weakref.WeakSet[IndexDatabase] = weakref.WeakSet()
+
+
 class IndexDatabase:
     """The database in one folder. Whoever reads waits for the thread that is in the middle of a change.
 
@@ -44,6 +48,7 @@ class IndexDatabase:
 
     def __init__(self, folder: Path):
         self.lock = threading.RLock()
+        _opened.add(self)
         self.read_only = False
         self._file = database = folder / "index.sqlite"
         try:
@@ -110,3 +115,13 @@ class IndexDatabase:
     def close(self) -> None:
         """Let go of the file."""
         self._connection.close()
+
+
+def _born() -> None:
+    """In a process that was forked: threads that held a lock are not there."""
+    for database in list(_opened):
+        database.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_born)

@@ -63,12 +63,12 @@ def retry_deletions(index: VectorIndex, kvs: Deletes) -> None:
         log.warning("KV of deleted documents is still stored (%s); `delete`, `add` and opening try again", reason)
 
 
-def note_computed(index: VectorIndex, kvs: Deletes, hit: Hit, key: str) -> None:
+def note_computed(index: VectorIndex, kvs: Deletes, hit: Hit, key: str, found: bool) -> None:
     """Let KV that an answer computed and stored for a hit be deleted with its document, if that is one of the store's.
 
-    Where the hit was found by search and its document was deleted while its KV was computed, it is deleted now.
+    found: by the store's own search; where its document was deleted while its KV was computed, it is deleted now.
     """
-    text = None if hit.score is None else hit.chunk.text  # what callers give is kept, whosever it is, until a prune
+    text = hit.chunk.text if found else None  # what callers give is kept, whosever it is, until a prune
     try:
         is_there = index.note_key(hit.chunk.document_id, key, text)
     except (sqlite3.Error, OSError, KVLinkError) as error:

@@ -184,7 +184,7 @@ class KVLinkRAG(KVLinkEngine):
         """Answer piece by piece; the last piece carries the whole `Answer`.
 
         k: how many chunks to retrieve, unless `documents` says what to answer from ([]: from none); of a conversation,
-        those nearest to the last message, or to it behind the two that the user sent before. Without a system message
+        those nearest to the last message, or to it with the two that the user sent before. Without a system message
         the default one is used. Everything else as in `KVLinkEngine.stream`.
         """
         return super().stream(question, **options)  # type: ignore[misc]
@@ -220,20 +220,25 @@ class KVLinkRAG(KVLinkEngine):
         refuse_unknown(options, RAGOptions.__annotations__)
         own = dict(options)
         k = own.pop("k", DEFAULT_K)
+        if not isinstance(question, str) and isinstance(question, Iterable):
+            question = list(question)
         if own.get("documents") is None:
             find = partial(self._find, k=k, messages=() if isinstance(question, str) else question)
         return super()._request(question, own, started, find, default_system)
 
     def _find(self, question: str, k: int, messages: Sequence[Message]) -> list[Hit]:
-        """The k chunks nearest to a question, or to it behind those before it: "When was it built?" says little."""
-        hits = self.search(question, k)
-        if not (before := asked_before(messages)):
-            return hits
-        by_chunk: dict[tuple[str, int], Hit] = {}
-        for hit in [*hits, *self.search("\n".join([*before, question]), k)]:
-            place = (hit.chunk.document_id, hit.chunk.position)
-            by_chunk[place] = max(by_chunk.get(place, hit), hit, key=lambda each: each.score or 0.0)
-        return sorted(by_chunk.values(), key=lambda hit: -(hit.score or 0.0))[:k]
+        """The k chunks nearest to a question, which may be explained only by those before it: "When was it built?".
+
+        Where it is nearer to them together with those than alone, chunks that are near so are taken too.
+        """
+        alone = self.search(question, k)
+        together = self.search("\n".join([question, *before]), k) if (before := asked_before(messages)) else []
+        if not together or _score(alone[0]) >= _score(together[0]):
+            return alone
+        nearest: dict[tuple[str, int], Hit] = {}
+        for hit in sorted([*alone, *together], key=_score, reverse=True):
+            nearest.setdefault((hit.chunk.document_id, hit.chunk.position), hit)
+        return list(nearest.values())[:k]
 
     def _bind_embedder(self) -> None:
         """Make sure that the store's vectors and this embedder's belong together."""
@@ -248,3 +253,7 @@ class KVLinkRAG(KVLinkEngine):
                 f"the vectors in {self.folder} were made by another embedder than {self.embedder.name!r}; "
                 "load that one, or add the documents to a new store"
             )
+
+
+def _score(hit: Hit) -> float:
+    return hit.score or 0.0

@@ -17,7 +17,7 @@ from kvlink_rag.config import StoreSettings
 from kvlink_rag.errors import CannotStore
 from kvlink_rag.maintenance import prune_all
 from kvlink_rag.store.entry import split_entry
-from kvlink_rag.types import Document
+from kvlink_rag.types import Chunk, Document, Hit
 
 CANARY = "xylophone-7391"
 SECRET = Document(
@@ -307,3 +307,13 @@ def test_what_another_process_makes_of_a_document_while_it_is_added_stays(open_r
         token_ids = rag.encoder.token_ids(chunk.chunk.text)
         assert (chunk.kv_key, chunk.num_tokens) == (rag.kvs.key(token_ids), len(token_ids))
     assert set(rag.entries.keys()) == rag.index.live_keys()
+
+
+def test_kv_of_what_another_search_found_is_kept(open_rag):
+    """A score does not make it one of this store's documents."""
+    rag = open_rag()
+    hit = Hit(Chunk("The boiler of the mill holds 40 litres.", "elsewhere", 0), 0.87)
+    assert [rag.ask("How much?", documents=[hit], max_new_tokens=1).sources[0].reused for _ in range(2)] == [
+        False,
+        True,
+    ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import warnings
 
 from test_index import add, vectors_of
 
@@ -41,4 +44,29 @@ def test_another_thread_sees_a_document_before_or_after_its_update_never_half(tm
     index.replace_document("one", "new", None, _Looked(look), chunks, vectors_of(1))
     reader.join()
     assert seen == [([], ["text 1"]), ((1, 1, 3), {f"{1:064x}"}, [f"{1:064x}"])]
+    index.close()
+
+
+def test_a_process_forked_in_the_middle_of_a_change_reads_the_index(tmp_path):
+    """The thread that held the lock is not there."""
+    index = VectorIndex(tmp_path)
+    add(index, "one", 1)
+    code = []
+
+    def fork():
+        if child := os.fork():
+            code.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        else:
+            signal.alarm(30)
+            os._exit(7 if index.document_ids() == ["one"] else 1)
+
+    def look():
+        forking = threading.Thread(target=fork)
+        forking.start()
+        forking.join()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, from Python 3.12 on
+        index.replace_document("two", "d", None, _Looked(look), index.chunks_of("one"), vectors_of(2))
+    assert code == [7]
     index.close()

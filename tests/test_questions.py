@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 
 import pytest
 
@@ -101,6 +102,31 @@ def test_a_question_that_only_the_conversation_explains_finds_what_it_is_about(r
         found("Tell me about the harbour ferry of Marrow.", "How many can it carry?", "When was it founded?") == "ferry"
     )
     assert found("Tell me about the harbour ferry of Marrow.", "How long is the swimming pool?") == "pool"
+
+
+def test_what_was_said_before_takes_no_place_from_a_question_that_stands_by_itself(rag):
+    """Nor does what was pasted push out the chunk that is nearest to it."""
+    rag.add([Document(f"The bakery in Marne opens at {n} on day {n}.", id=f"bakery {n}") for n in range(3)])
+    rag.add([Document(f"The lighthouse stands on rock {n} and its lamp is red.", id=f"lamp {n}") for n in range(6)])
+
+    def found(before):
+        turns = [{"role": "user", "content": before}, {"role": "assistant", "content": "."}]
+        hits = (
+            rag.search("When does the bakery in Marne open?", 3)
+            if not before
+            else rag._find("When does the bakery in Marne open?", 3, [*turns, {"role": "user", "content": "?"}])
+        )
+        return [hit.chunk.document_id for hit in hits]
+
+    assert found("Where does the lighthouse stand?") == found("")
+    assert found("")[0] in found("The lighthouse stands on a rock and its lamp is red. " * 200)
+
+
+def test_messages_may_be_anything_that_can_be_gone_through(filled):
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "."}]
+    turns.append({"role": "user", "content": QUESTION})
+    expected = filled.ask(turns, max_new_tokens=4).text
+    assert filled.ask(iter(turns), max_new_tokens=4).text == filled.ask(deque(turns), max_new_tokens=4).text == expected
 
 
 def test_a_chunk_that_no_window_holds_stands_in_no_other_s_way(filled):
