@@ -180,7 +180,7 @@ class Ingestion:
         """Read and chunk everything. Unchanged documents are not even tokenised."""
         works: dict[str, _Work] = {}
         skipped: list[Skipped] = []
-        for number, item in enumerate(load(sources, self._limits.max_document_bytes, self._index.document_ids()), 1):
+        for number, item in enumerate(load(sources, self._limits.max_document_bytes, self._index.document_ids), 1):
             if isinstance(item, Skipped):
                 skipped.append(self._with_earlier(item))
                 continue

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +32,13 @@ class Skipped:
 
 
 def load(
-    sources: Iterable[str | Path | Document], max_bytes: int, known: Collection[str] = ()
+    sources: Iterable[str | Path | Document], max_bytes: int, known: Callable[[], Iterable[str]] = tuple
 ) -> Iterator[Document | Skipped]:
     """Documents of paths, texts and Documents.
 
-    A string that names an existing file or folder is a path; one with white space is a text. known: ids of documents
-    that were read before; those of files that a folder no longer holds are named. Raises BadInput before anything is
-    read if a path does not exist.
+    A string that names an existing file or folder is a path; one with white space is a text. known: gives the ids of
+    documents that were read before; those of files that a folder no longer holds are named. Raises BadInput before
+    anything is read if a path does not exist.
     """
     resolved = [_resolve(source) for source in sources]
     for source in resolved:
@@ -55,7 +55,7 @@ def load(
                 yield Skipped(str(path), str(error))
         if source.is_dir():
             folder = os.path.join(source.resolve(), "")
-            for gone in (name for name in known if name.startswith(folder) and _is_gone(name)):
+            for gone in (name for name in known() if name.startswith(folder) and _is_gone(name)):
                 yield Skipped(gone, "no such file any more; delete it from the store, too (kvlink store delete)")
 
 

@@ -9,7 +9,6 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from tiny_models import build_hf, byte_tokenizer
 
 from kvlink_rag import Document, KVLinkRAG
 from kvlink_rag.errors import BadInput
@@ -18,15 +17,6 @@ from kvlink_rag.loading import load
 from kvlink_rag.store.folder import open_folder
 
 TOO_LONG = "x" * 300
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder with a tiny random model."""
-    folder = tmp_path_factory.mktemp("tiny")
-    build_hf("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -89,11 +79,11 @@ def test_a_store_under_a_name_too_long_is_refused_in_one_line(kvlink, tmp_path, 
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_disk_without_room_for_the_plot_is_one_line_behind_the_figures(kvlink, tmp_path, tiny):
+def test_a_disk_without_room_for_the_plot_is_one_line_behind_the_figures(kvlink, tmp_path, base):
     plot = tmp_path / "times.svg"
     plot.symlink_to("/dev/full")
     code, out, err = kvlink(
-        "bench", "ttft", "--contexts", 1200, "--repeats", 1, "--model", tiny, "--plot", plot, "--json"
+        "bench", "ttft", "--contexts", 1200, "--repeats", 1, "--model", base, "--plot", plot, "--json"
     )
     assert code == 1 and json.loads(out)[0]["context_tokens"] <= 1200
     assert err.splitlines()[-1].startswith("error: ") and "No space left on device" in err.splitlines()[-1]
@@ -148,8 +138,8 @@ def test_the_questions_that_come_along_are_not_to_be_learnt_from(kvlink, tmp_pat
     assert code == 1 and out == "" and is_one_line(err) and "--data sample is for eval and check" in err
 
 
-def test_training_tells_no_loss_before_there_is_one(kvlink, tmp_path, data, tiny):
-    options = ("--data", data, "--model", tiny, "--batch", 1, "--min-docs", 1)
+def test_training_tells_no_loss_before_there_is_one(kvlink, tmp_path, data, base):
+    options = ("--data", data, "--model", base, "--batch", 1, "--min-docs", 1)
     code, out, err = kvlink("train", *options, "--steps", 1, "--out", tmp_path / "one")
     assert code == 0 and "step 1 of 1: " in err and "tokens/s" in err and "nan" not in err + out
     code, out, err = kvlink("train", *options, "--steps", 2, "--out", tmp_path / "two")
